@@ -1,0 +1,297 @@
+"""The vocabulary: what the parts of the runtime say to each other, as frozen values.
+
+One word a thing. Nothing here does input or output, and nothing here knows LangGraph, torch or SQL.
+Times are integer nanoseconds UTC, durations carry their unit in the name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+RunStatus = Literal["queued", "running", "waiting", "done", "failed", "cancelled", "crashed"]
+"""queued: not started.  running: a live process works on it.  waiting: for a person's answer.  done: it reached the end.
+failed: a node raised or a limit was met.  cancelled: its user stopped it.  crashed: its process died."""
+
+SpanKind = Literal["workflow", "agent", "node", "generation", "retrieval", "embedding", "rerank", "tool", "evaluator"]
+
+SpanStatus = Literal["open", "ok", "error", "interrupted", "cancelled", "crashed"]
+"""open: started and not ended.  interrupted: paused for a person, not an error.  crashed: its process died while it was open."""
+
+FinishReason = Literal["stop", "length", "cancelled"]
+"""stop: end token, stop string, or a constraint fulfilled.  length: the token limit.  cancelled: the caller left."""
+
+
+def content_hash(data: str | bytes) -> str:
+    """`b2:` and 32 hex digits of BLAKE2b over the UTF-8 bytes: names prompts, documents and payloads by what they are."""
+    raw = data.encode() if isinstance(data, str) else data
+    return "b2:" + hashlib.blake2b(raw, digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation as a chat model sees it."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the output must match.
+
+    json_schema: `value` is a JSON schema (a dict).  regex: `value` is a pattern.  choice: `value` is a list of strings.
+    """
+
+    kind: Literal["json_schema", "regex", "choice"]
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One model call. Exactly one of `messages` (the chat template is applied) and `text` (taken as it is) is given.
+
+    `max_tokens` bounds the output. `temperature` 0 is greedy. `stop` strings end the output and are not part of it.
+    `seed` makes sampling reproducible. `tenant` keeps cached prefixes apart. `trim` allows cutting the oldest part of
+    a prompt that does not fit; the usage then says how many tokens were cut.
+    """
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    constraint: Constraint | None = None
+    tenant: str = ""
+    trim: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one call or the sum of several. `cached_tokens` of the `input_tokens` came from the KV cache;
+    the rest was computed: `cached_tokens + computed_tokens == input_tokens`, always.
+    `trimmed_tokens` were cut from the prompt before and are not part of `input_tokens`."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    trimmed_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.computed_tokens + other.computed_tokens,
+            self.trimmed_tokens + other.trimmed_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where a call's time went. `first_token_ms` counts from when the request arrived."""
+
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    first_token_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The result of one model call. `logprobs` has one natural logarithm a generated token, aligned with `tokens`."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timing: Timing
+    model: str
+    device: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of output as it is made; the pieces of a call concatenate to `Generation.text`."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Asks for the log-probability of each of `choices` after the same prefix (chat `messages` or plain `text`)."""
+
+    choices: tuple[str, ...]
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceScore:
+    """`logprobs` has one value a token of `text` after the prefix; `total` is their sum, `mean` their average."""
+
+    text: str
+    logprobs: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        return sum(self.logprobs)
+
+    @property
+    def mean(self) -> float:
+        return sum(self.logprobs) / max(1, len(self.logprobs))
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Choices in the order asked, with what the call cost."""
+
+    choices: tuple[ChoiceScore, ...]
+    usage: Usage
+    timing: Timing
+    model: str
+    device: str
+
+    @property
+    def best(self) -> ChoiceScore:
+        """The choice with the highest mean log-probability a token."""
+        return max(self.choices, key=lambda choice: choice.mean)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What an engine runs: `revision` is a content hash of the folder's weights and tokenizer."""
+
+    name: str
+    revision: str
+    architecture: str
+    context_tokens: int
+    vocabulary: int
+    parameters: int
+    weight_bytes: int
+    quantization: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A stored piece of text: `id` is stable for the same source and position, `hash` is that of `text`.
+
+    `metadata` is flat, scalars only. Ingestion fills `source` (path as given), `title`, `heading` (path joined by " > "),
+    `start` and `end` (character offsets in the parsed text).
+    """
+
+    id: str
+    text: str
+    hash: str
+    metadata: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """Where one way of searching placed a hit: `rank` from 1 and that way's own `score`."""
+
+    rank: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A ranked result. `score` is the fused one; `vector` and `lexical` are the legs that found it."""
+
+    document: Document
+    score: float
+    vector: Leg | None = None
+    lexical: Leg | None = None
+
+
+SearchMode = Literal["hybrid", "vector", "lexical"]
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A search. `k` results at most; `mode` picks the legs."""
+
+    text: str
+    collection: str
+    k: int = 8
+    mode: SearchMode = "hybrid"
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """The answer to a `Query`: hits best first, the collection's `generation` (rises with every change), times in ms."""
+
+    query: Query
+    hits: tuple[Hit, ...]
+    generation: int
+    embed_ms: float = 0.0
+    search_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptVersion:
+    """A prompt as it was used: `version` is the content hash of its template."""
+
+    name: str
+    version: str
+    template: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended. `output` is the graph's final state; `interrupts` are pending questions when it waits."""
+
+    run_id: str
+    thread_id: str
+    status: RunStatus
+    output: Any
+    usage: Usage
+    duration_ms: float
+    error: str | None = None
+    interrupts: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepStarted:
+    """A node begins. `path` names enclosing subgraphs, outermost first."""
+
+    run_id: str
+    node: str
+    step: int
+    path: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepEnded:
+    """A node is over. `detail` is one short line for a person, or empty."""
+
+    run_id: str
+    node: str
+    step: int
+    status: SpanStatus
+    duration_ms: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """Text as a model makes it inside `node`."""
+
+    run_id: str
+    node: str
+    text: str
+
+
+RunEvent = StepStarted | StepEnded | Token | RunResult
+"""What `Runtime.stream` yields; the `RunResult` is the last."""

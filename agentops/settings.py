@@ -1,0 +1,210 @@
+"""One frozen tree of settings, and for each of them where its value came from.
+
+Later sources win: built-in default, `config.toml` in the user's configuration folder, `agentops.toml` in the current
+folder, environment variables, command-line flags. `model.name` is `name = "..."` under `[model]` in a file and
+`AGENTOPS_MODEL_NAME` in the environment. Nothing else in the package reads the environment or a settings file.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import platformdirs
+
+from agentops.errors import SettingsError
+
+
+def _about(text: str, default: Any = None, **limits: Any) -> Any:
+    return field(default=default, metadata={"about": text, **limits})
+
+
+@dataclass(frozen=True, slots=True)
+class PathSettings:
+    home: Path = field(
+        default_factory=lambda: Path(platformdirs.user_data_dir("agentops-runtime")),
+        metadata={"about": "folder of the record, the checkpoints and the embedded index"},
+    )
+    cache: Path = field(
+        default_factory=lambda: Path(platformdirs.user_cache_dir("agentops-runtime")),
+        metadata={"about": "folder of prepared models and downloads"},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    name: str = _about("catalogue name, local folder or hub id of the model", "smollm2-135m-instruct")
+    offline: bool = _about("never look for a model on the network", False)
+    hub_timeout_s: float = _about("give up on an unreachable hub after this long", 5.0, low=0.1, high=600)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    device: Literal["auto", "cpu", "cuda"] = _about("where the model runs; auto takes a GPU when there is one", "auto")
+    kernel: Literal["auto", "int4", "float32"] = _about(
+        "auto is int4 for quantized layers; float32 is the reference", "auto"
+    )
+    threads: int = _about("processor threads for the model; 0 is one a core", 0, low=0, high=1024)
+    kv_tokens: int = _about("size of the KV cache pool in tokens", 32_768, low=256, high=100_000_000)
+    max_batch: int = _about("sequences decoded together", 16, low=1, high=4096)
+    prefill_tokens: int = _about("prompt tokens computed in one step at most", 1024, low=16, high=1_000_000)
+    queue: int = _about("requests that may wait; more are refused", 256, low=1, high=1_000_000)
+    input_bytes: int = _about("inputs above this size are refused unread", 4_000_000, low=1_000, high=1_000_000_000)
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalSettings:
+    collection: str = _about("collection that graphs search when none is named", "default")
+    embedder: str = _about("catalogue name or local folder of the embedding model", "all-minilm-l6-v2")
+    k: int = _about("documents retrieved for a question", 8, low=1, high=1000)
+    chunk_tokens: int = _about("size of an ingested piece in the embedder's tokens", 160, low=16, high=8192)
+    overlap_tokens: int = _about("tokens that neighbouring pieces share", 24, low=0, high=4096)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSettings:
+    payload_bytes: int = _about(
+        "inputs and outputs above this size are cut, with a mark", 1_000_000, low=1_000, high=1_000_000_000
+    )
+    lock_timeout_s: float = _about("wait this long for a locked store", 10.0, low=0.0, high=3600)
+    drain_ms: int = _about("how often the journal is drained into the store", 200, low=10, high=60_000)
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    recursion_limit: int = _about("supersteps after which a graph is stopped", 60, low=1, high=1_000_000)
+    trim: bool = _about("cut the oldest part of a prompt that does not fit", False)
+    seed: int = _about("seed of sampling", 0, low=0, high=2**63 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings. `sources` maps `model.name` and so on to `default`, a file's path, `$VARIABLE` or `--flag`."""
+
+    paths: PathSettings = field(default_factory=PathSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
+    record: RecordSettings = field(default_factory=RecordSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def source(self, key: str) -> str:
+        return self.sources.get(key, "default")
+
+    def get(self, key: str) -> Any:
+        section, _, name = key.partition(".")
+        return getattr(getattr(self, section), name)
+
+
+@cache
+def describe() -> dict[str, str]:
+    """Every key with its one-line meaning, in order."""
+    return {key: spec.metadata["about"] for key, (_, spec, _) in _schema().items()}
+
+
+@cache
+def _schema() -> dict[str, tuple[str, Any, Any]]:
+    found: dict[str, tuple[str, Any, Any]] = {}
+    for section, kind in get_type_hints(Settings).items():
+        if section == "sources":
+            continue
+        hints = get_type_hints(kind)
+        for spec in fields(kind):
+            found[f"{section}.{spec.name}"] = (section, spec, hints[spec.name])
+    return found
+
+
+def variable(key: str) -> str:
+    """The environment variable of a key: `model.name` is `AGENTOPS_MODEL_NAME`."""
+    return "AGENTOPS_" + key.replace(".", "_").upper()
+
+
+def load_settings(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> Settings:
+    """Settings from all sources. `flags` maps keys to values, `None` values are passed over.
+
+    Raises:
+        SettingsError: an unknown name, or a value of the wrong type or out of range; the message names the source.
+    """
+    environment = os.environ if environment is None else environment
+    found: dict[str, tuple[Any, str]] = {}
+    config_home = environment.get("AGENTOPS_CONFIG") or platformdirs.user_config_dir("agentops-runtime")
+    for file in (Path(config_home) / "config.toml", (folder or Path.cwd()) / "agentops.toml"):
+        for key, value in _read_file(file).items():
+            found[key] = value, str(file)
+    for key in _schema():
+        if variable(key) in environment:
+            found[key] = environment[variable(key)], f"${variable(key)}"
+    for key, value in (flags or {}).items():
+        if value is not None:
+            found[key] = value, "--" + key.rpartition(".")[2].replace("_", "-")
+    settings, sources = Settings(), {}
+    for key, (raw, source) in found.items():
+        section, spec, kind = _known(key, source)
+        value = _convert(key, raw, kind, spec.metadata, source)
+        settings = replace(settings, **{section: replace(getattr(settings, section), **{spec.name: value})})
+        sources[key] = source
+    return replace(settings, sources=sources)
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        tree = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{file}: {error}", hint="mend the file or move it away") from error
+    flat: dict[str, Any] = {}
+    for section, values in tree.items():
+        if not isinstance(values, dict):
+            raise SettingsError(
+                f"{file}: '{section}' stands outside a section", hint="write it under [section], as in [model]"
+            )
+        flat.update({f"{section}.{name}": value for name, value in values.items()})
+    return flat
+
+
+def _known(key: str, source: str) -> tuple[str, Any, Any]:
+    try:
+        return _schema()[key]
+    except KeyError:
+        near = get_close_matches(key, _schema(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "see every setting with: agentops config"
+        raise SettingsError(f"{source}: no setting is called '{key}'", hint=hint) from None
+
+
+def _convert(key: str, raw: Any, kind: Any, limits: Mapping[str, Any], source: str) -> Any:
+    def wrong(expected: str) -> SettingsError:
+        return SettingsError(f"{source}: {key} must be {expected}, not {raw!r}", hint=limits["about"])
+
+    if get_origin(kind) is Literal:
+        if raw not in get_args(kind):
+            raise wrong("one of " + ", ".join(get_args(kind)))
+        return raw
+    if kind is bool:
+        word = str(raw).lower()
+        if word not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
+            raise wrong("true or false")
+        return word in ("true", "1", "yes", "on")
+    if kind in (int, float):
+        try:
+            number = kind(str(raw))
+        except ValueError:
+            raise wrong("a whole number" if kind is int else "a number") from None
+        if not limits.get("low", number) <= number <= limits.get("high", number):
+            raise wrong(f"between {limits['low']:,} and {limits['high']:,}")
+        return number
+    if not isinstance(raw, str | Path) or not str(raw).strip():
+        raise wrong("a path" if kind is Path else "a word")
+    return Path(raw).expanduser().absolute() if kind is Path else str(raw)
