@@ -47,9 +47,7 @@ class ModelSettings:
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     device: Literal["auto", "cpu", "cuda"] = _about("where the model runs; auto takes a GPU when there is one", "auto")
-    kernel: Literal["auto", "int4", "float32"] = _about(
-        "auto is int4 for quantized layers; float32 is the reference", "auto"
-    )
+    kernel: Literal["auto", "int4", "float32"] = _about("auto is int4 for quantized layers; float32 is the reference", "auto")
     threads: int = _about("processor threads for the model; 0 is one a core", 0, low=0, high=1024)
     kv_tokens: int = _about("size of the KV cache pool in tokens", 32_768, low=256, high=100_000_000)
     max_batch: int = _about("sequences decoded together", 16, low=1, high=4096)
@@ -168,9 +166,7 @@ def _read_file(file: Path) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for section, values in tree.items():
         if not isinstance(values, dict):
-            raise SettingsError(
-                f"{file}: '{section}' stands outside a section", hint="write it under [section], as in [model]"
-            )
+            raise SettingsError(f"{file}: '{section}' stands outside a section", hint="write it under [section], as in [model]")
         flat.update({f"{section}.{name}": value for name, value in values.items()})
     return flat
 

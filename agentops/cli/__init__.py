@@ -1,0 +1,45 @@
+"""The command line: parses, delegates, and maps errors to exit codes. It holds no logic of its own.
+
+Exit codes: 0 done, 1 failed, 2 the call is off, 130 stopped by its user. Results go to standard output, progress and
+errors to standard error. Every module here offers `register(app)` and imports what is heavy inside its functions, so
+that `agentops --help` loads none of torch, langgraph, sqlmodel, textual or ragas.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from agentops.cli import documents, house, models, record, run
+from agentops.errors import AgentOpsError
+
+app = typer.Typer(
+    name="agentops",
+    help="Run LangGraph agents on a GPTQ model in-process, with every step on record.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for part in (run, record, documents, models, house):
+    part.register(app)
+
+
+def main() -> None:
+    """Console script. Our own errors are printed as one line and a hint; anything else is a defect and keeps its traceback."""
+    try:
+        app()
+    except AgentOpsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if error.hint:
+            print(f" hint: {error.hint}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader (head, less) left; writing on would raise again while the interpreter flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
