@@ -1,0 +1,123 @@
+"""What all tests share: an isolated home, the real models, the real data. Nothing here is a mock.
+
+The user's home folder and configuration are never touched: before any test is imported, the environment is pointed at a
+temporary folder. Only the model cache is the user's own, because models are big, read-only and checked by their hashes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+import pytest
+
+from agentops.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from agentops.engine.local import LocalEngine
+    from agentops.engine.scripted import ScriptedEngine
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_CACHE = Path(os.environ.get("AGENTOPS_PATHS_CACHE") or platformdirs.user_cache_dir("agentops-runtime")).absolute()
+NEEDS_DATA: list[str] = []
+NO_DATA = "no real data: set AGENTOPS_SHARED_DATA to its folder, or put it in shared/data beside the checkout"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    sandbox = Path(tempfile.mkdtemp(prefix="agentops-tests-"))
+    config.add_cleanup(lambda: shutil.rmtree(sandbox, ignore_errors=True))
+    for name in [name for name in os.environ if name.startswith("AGENTOPS_") and name != "AGENTOPS_SHARED_DATA"]:
+        del os.environ[name]
+    os.environ.update(
+        AGENTOPS_PATHS_CACHE=str(REAL_CACHE),
+        AGENTOPS_PATHS_HOME=str(sandbox / "home"),
+        AGENTOPS_CONFIG=str(sandbox / "config"),
+        XDG_DATA_HOME=str(sandbox / "data"),
+        XDG_CONFIG_HOME=str(sandbox / "config"),
+        NO_COLOR="1",
+        COLUMNS="130",
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if NEEDS_DATA:
+        terminalreporter.section("tests that did not run for want of real data")
+        terminalreporter.write_line(NO_DATA)
+        for name in NEEDS_DATA:
+            terminalreporter.write_line(f"  {name}")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Settings with a fresh home and the user's model cache."""
+    return load_settings({"paths.home": tmp_path / "home", "paths.cache": REAL_CACHE, "engine.threads": 2})
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Environment for a subprocess: as `settings`, with the console scripts of this interpreter first in PATH."""
+    return os.environ | {
+        "AGENTOPS_PATHS_HOME": str(tmp_path / "home"),
+        "AGENTOPS_ENGINE_THREADS": "2",
+        "PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
+@pytest.fixture
+def shared_data(request: pytest.FixtureRequest) -> Path:
+    """Folder of the real data sets. Where there is none the test is skipped, and named at the end of the run."""
+    named = os.environ.get("AGENTOPS_SHARED_DATA")
+    folder = Path(named) if named else ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        NEEDS_DATA.append(request.node.nodeid)
+        pytest.skip(NO_DATA)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def session_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """As `settings`, for what lives as long as the test session."""
+    return load_settings(
+        {"paths.home": tmp_path_factory.mktemp("session") / "home", "paths.cache": REAL_CACHE, "engine.threads": 2}
+    )
+
+
+@pytest.fixture(scope="session")
+def model_folder(session_settings: Settings) -> Path:
+    """The default model, quantized; prepared on first use, which takes minutes."""
+    from agentops.engine.models import prepare
+
+    return prepare(session_settings.model.name, session_settings)
+
+
+@pytest.fixture(scope="session")
+def embedder_folder(session_settings: Settings) -> Path:
+    """The default embedding model."""
+    from agentops.engine.models import prepare
+
+    return prepare(session_settings.retrieval.embedder, session_settings)
+
+
+@pytest.fixture(scope="session")
+def engine(model_folder: Path, session_settings: Settings) -> Iterator[LocalEngine]:
+    """The real engine with the default model, shared by the session: its KV cache is warm from earlier tests."""
+    from agentops.engine.local import open_engine
+    from agentops.sync import run_sync
+
+    opened = open_engine(model_folder, session_settings)
+    yield opened
+    run_sync(opened.close())
+
+
+@pytest.fixture
+def scripted() -> Callable[..., ScriptedEngine]:
+    """Makes an engine that plays the answers it is given."""
+    from agentops.engine.scripted import ScriptedEngine
+
+    return ScriptedEngine
