@@ -1,0 +1,158 @@
+"""The Llama-family decoder as plain torch: embedding, layers of attention and feed-forward, norm, head.
+
+It works on rows: one token with its position is a row, whatever sequence it belongs to. Linear layers are callables made
+elsewhere (`linear.py`, or the quantizer's recording ones) and attention is a callable given at each step, so that this
+file is nothing but the model's arithmetic (https://arxiv.org/abs/2302.13971; grouped queries https://arxiv.org/abs/2305.13245).
+It knows nothing of files, caches, sequences or sampling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from agentops.engine.checkpoint import DecoderConfig
+
+Linear = Callable[[Tensor], Tensor]
+"""(rows, inputs) -> (rows, outputs)."""
+
+MakeLinear = Callable[[tuple[str, ...]], Linear]
+"""Names of layers that share their input -> one linear layer with their outputs side by side."""
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""queries (rows, heads, dim), keys and values (rows, kv heads, dim) -> (rows, heads, dim)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block of the decoder. `qkv` and `gate_up` hold the layers that share an input, in that order."""
+
+    config: DecoderConfig
+    attention_norm: Tensor
+    qkv: Linear
+    o: Linear
+    ffn_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+    def __call__(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """(rows, hidden) -> (rows, hidden)."""
+        config, rows = self.config, hidden.shape[0]
+        heads = self.qkv(rms_norm(hidden, self.attention_norm, config.eps)).view(rows, -1, config.head_dim)
+        queries, keys, values = heads.split_with_sizes([config.heads, config.kv_heads, config.kv_heads], dim=1)
+        attended = attend(rotate(queries, rotation), rotate(keys, rotation), values)
+        hidden = hidden + self.o(attended.reshape(rows, -1))
+        gate, up = self.gate_up(rms_norm(hidden, self.ffn_norm, config.eps)).chunk(2, dim=1)
+        return hidden + self.down(functional.silu(gate) * up)
+
+
+class Decoder:
+    """A whole model. `tensor` hands out the float tensors by their checkpoint names, `linear` makes the layers.
+
+    To run it layer by layer: `embed`, each of `layers` with `rotation(positions)` and an `Attend`, then `logits`.
+    """
+
+    def __init__(self, config: DecoderConfig, tensor: Callable[[str], Tensor], linear: MakeLinear) -> None:
+        self.config = config
+        self.embedding = tensor("model.embed_tokens.weight")
+        self.layers = tuple(self._layer(f"model.layers.{index}", tensor, linear) for index in range(config.layers))
+        self.norm = tensor("model.norm.weight").float()
+        self.head = linear(("model.embed_tokens" if config.tied else "lm_head",))
+        self._frequencies = rotary_frequencies(config).to(self.embedding.device)
+
+    def _layer(self, at: str, tensor: Callable[[str], Tensor], linear: MakeLinear) -> Layer:
+        return Layer(
+            config=self.config,
+            attention_norm=tensor(f"{at}.input_layernorm.weight").float(),
+            qkv=linear((f"{at}.self_attn.q_proj", f"{at}.self_attn.k_proj", f"{at}.self_attn.v_proj")),
+            o=linear((f"{at}.self_attn.o_proj",)),
+            ffn_norm=tensor(f"{at}.post_attention_layernorm.weight").float(),
+            gate_up=linear((f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj")),
+            down=linear((f"{at}.mlp.down_proj",)),
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 (rows,) -> float32 (rows, hidden)."""
+        return functional.embedding(tokens, self.embedding).float()
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 (rows,) -> cosines and sines, each float32 (rows, 1, dim)."""
+        angles = positions[:, None].float() * self._frequencies
+        angles = torch.cat((angles, angles), dim=1)[:, None, :]
+        return angles.cos(), angles.sin()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, hidden) after the last layer -> float32 (rows, vocabulary)."""
+        return self.head(rms_norm(hidden, self.norm, self.config.eps))
+
+    def __call__(self, tokens: Tensor, positions: Tensor, attend: Callable[[int], Attend], wanted: Tensor) -> Tensor:
+        """Logits (len(wanted), vocabulary) of the wanted rows; `attend` is asked for each layer's attention."""
+        hidden, rotation = self.embed(tokens), self.rotation(positions)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, rotation, attend(index))
+        return self.logits(hidden[wanted])
+
+
+def causal_attention(lengths: Sequence[int]) -> Attend:
+    """Attention without a cache over whole sequences that lie one after the other in the rows."""
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        parts = zip(*(part.split_with_sizes(lengths) for part in (queries, keys, values)), strict=True)
+        return torch.cat([dot_attention(q, k.transpose(0, 1), v.transpose(0, 1), 0) for q, k, v in parts])
+
+    lengths = list(lengths)
+    return attend
+
+
+def dot_attention(queries: Tensor, keys: Tensor, values: Tensor, past: int) -> Tensor:
+    """Causal attention of one sequence's new rows.
+
+    queries (rows, heads, dim) stand at positions past..past+rows-1; keys and values (kv heads, past + rows, dim) are
+    those of the whole sequence. Returns (rows, heads, dim).
+    """
+    rows, heads, dim = queries.shape
+    kv_heads, length, _ = keys.shape
+    # The query heads of one key-value head become rows of their own, so that keys are not copied for each of them.
+    grouped = queries.view(rows, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
+    mask = None
+    if rows > 1:
+        reach = torch.arange(past, past + rows, device=queries.device)
+        mask = torch.arange(length, device=queries.device)[None, :] <= reach[:, None]
+        mask = mask.repeat(heads // kv_heads, 1)
+    attended = functional.scaled_dot_product_attention(
+        grouped.reshape(1, kv_heads, -1, dim), keys[None].to(queries.dtype), values[None].to(queries.dtype), attn_mask=mask
+    )
+    return attended.view(kv_heads, heads // kv_heads, rows, dim).permute(2, 0, 1, 3).reshape(rows, heads, dim)
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """https://arxiv.org/abs/1910.07467."""
+    return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions (https://arxiv.org/abs/2104.09864) in the half-split order of Llama checkpoints."""
+    cosines, sines = rotation
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cosines + torch.cat((-second, first), dim=-1) * sines
+
+
+def rotary_frequencies(config: DecoderConfig) -> Tensor:
+    """float32 (head_dim / 2,) radians a position."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    # llama3: long waves are stretched, short ones kept, those between are blended.
+    turns = scaling.original_context * frequencies / (2 * math.pi)
+    span = scaling.high_frequency_factor - scaling.low_frequency_factor
+    kept = ((turns - scaling.low_frequency_factor) / span).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
