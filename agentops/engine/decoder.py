@@ -98,35 +98,36 @@ class Decoder:
         return self.logits(hidden[wanted])
 
 
-def causal_attention(lengths: Sequence[int]) -> Attend:
+def causal_attention(config: DecoderConfig, lengths: Sequence[int]) -> Attend:
     """Attention without a cache over whole sequences that lie one after the other in the rows."""
+    lengths = list(lengths)
+    masks = {length: causal_mask(config, 0, length) for length in set(lengths)}
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         parts = zip(*(part.split_with_sizes(lengths) for part in (queries, keys, values)), strict=True)
-        return torch.cat([dot_attention(q, k.transpose(0, 1), v.transpose(0, 1), 0) for q, k, v in parts])
+        return torch.cat([dot_attention(q, k.transpose(0, 1), v.transpose(0, 1), masks[len(q)]) for q, k, v in parts])
 
-    lengths = list(lengths)
     return attend
 
 
-def dot_attention(queries: Tensor, keys: Tensor, values: Tensor, past: int) -> Tensor:
-    """Causal attention of one sequence's new rows.
+def causal_mask(config: DecoderConfig, past: int, rows: int) -> Tensor | None:
+    """What `rows` new tokens after `past` others may see: bool, or None where one token sees everything."""
+    if rows == 1:
+        return None
+    reach = torch.arange(past, past + rows)[:, None] >= torch.arange(past + rows)[None, :]
+    return reach.repeat(config.heads // config.kv_heads, 1)
 
-    queries (rows, heads, dim) stand at positions past..past+rows-1; keys and values (kv heads, past + rows, dim) are
-    those of the whole sequence. Returns (rows, heads, dim).
+
+def dot_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one sequence's new rows, (rows, heads, dim) to the same.
+
+    keys and values (kv heads, length, dim) are those of the whole sequence, `mask` is its `causal_mask`.
     """
     rows, heads, dim = queries.shape
-    kv_heads, length, _ = keys.shape
+    kv_heads = keys.shape[0]
     # The query heads of one key-value head become rows of their own, so that keys are not copied for each of them.
-    grouped = queries.view(rows, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
-    mask = None
-    if rows > 1:
-        reach = torch.arange(past, past + rows, device=queries.device)
-        mask = torch.arange(length, device=queries.device)[None, :] <= reach[:, None]
-        mask = mask.repeat(heads // kv_heads, 1)
-    attended = functional.scaled_dot_product_attention(
-        grouped.reshape(1, kv_heads, -1, dim), keys[None].to(queries.dtype), values[None].to(queries.dtype), attn_mask=mask
-    )
+    grouped = queries.view(rows, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dim)
+    attended = functional.scaled_dot_product_attention(grouped, keys[None], values[None], attn_mask=mask)
     return attended.view(kv_heads, heads // kv_heads, rows, dim).permute(2, 0, 1, 3).reshape(rows, heads, dim)
 
 
