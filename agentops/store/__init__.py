@@ -1,0 +1,194 @@
+"""The store: what has been recorded, for reading. The record's only SQL is in this package.
+
+`open_store` gives the reader, which never writes to the file; `open_writer` the writer, for the journal's drainer.
+The store does not know how events come about, nor the journal's files.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal, cast
+
+import zstandard
+from sqlalchemy import Row, Select, func, select, tuple_
+
+from agentops.errors import RecordError, RunNotFound
+from agentops.records import PromptVersion, RunStatus, Timing, Usage
+from agentops.settings import Settings
+from agentops.store.opening import database_path, ensure, reading_engine, translated
+from agentops.store.rows import Balance, RunRow, SpanRow, ThreadRow
+from agentops.store.tables import table
+from agentops.store.writing import USAGE, StoreWriter, open_writer
+
+__all__ = ["Balance", "RunRow", "SpanRow", "Store", "StoreWriter", "ThreadRow", "open_store", "open_writer"]
+
+_TIMING = ("queue_ms", "prefill_ms", "decode_ms", "first_token_ms")
+
+
+def open_store(settings: Settings) -> Store:
+    """The record of `settings.paths.home`, made when it is missing, upgraded when it is older.
+
+    Raises:
+        StoreLocked, StoreTooNew, StoreBroken, RecordError
+    """
+    ensure(settings)
+    return Store(settings)
+
+
+class Store:
+    """A reader of the record. Usable from several threads; close it, or use it as a context manager."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._path = database_path(settings)
+        self._engine = reading_engine(self._path, settings.record.lock_timeout_s)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def _all(self, query: Select[Any]) -> list[Row[Any]]:
+        with translated(self._path), self._engine.connect() as connection:
+            return list(connection.execute(query))
+
+    def runs(
+        self,
+        *,
+        status: RunStatus | None = None,
+        graph: str | None = None,
+        thread: str | None = None,
+        since_ns: int | None = None,
+        limit: int = 50,
+        before: str | None = None,
+    ) -> list[RunRow]:
+        """Runs, newest first. `before` is the id of the last run of the page before."""
+        runs = table("run")
+        query = select(runs).order_by(runs.c.started_ns.desc(), runs.c.id.desc()).limit(limit)
+        for column, wanted in ((runs.c.status, status), (runs.c.graph, graph), (runs.c.thread_id, thread)):
+            if wanted is not None:
+                query = query.where(column == wanted)
+        if since_ns is not None:
+            query = query.where(runs.c.started_ns >= since_ns)
+        if before is not None:
+            last = self.run(before)
+            query = query.where(tuple_(runs.c.started_ns, runs.c.id) < tuple_(last.started_ns, last.id))
+        return [_run_row(row) for row in self._all(query)]
+
+    def run(self, prefix: str) -> RunRow:
+        """A run by its id, a unique beginning of it (with or without `run_`), or the word `last`.
+
+        Raises:
+            RunNotFound: none, or more than one.
+        """
+        if prefix == "last":
+            newest = self.runs(limit=1)
+            if not newest:
+                raise RunNotFound("nothing has been recorded yet", hint='start with: agentops run rag "a question"')
+            return newest[0]
+        return _run_row(self._by_prefix("run", "run_", prefix))
+
+    def span(self, prefix: str) -> SpanRow:
+        """A span by its id or a unique beginning of it.
+
+        Raises:
+            RunNotFound: none, or more than one.
+        """
+        return _span_row(self._by_prefix("span", "sp_", prefix))
+
+    def _by_prefix(self, name: Literal["run", "span"], kind: str, prefix: str) -> Row[Any]:
+        ids = table(name).c.id
+        exact = self._all(select(table(name)).where(ids == prefix))
+        start = prefix if prefix.startswith(kind) else kind + prefix.upper()
+        found = exact or self._all(select(table(name)).where(ids.startswith(start, autoescape=True)).order_by(ids).limit(4))
+        if not prefix or not found:
+            raise RunNotFound(f"no {name} is called '{prefix}'", hint="list what there is with: agentops runs")
+        if len(found) > 1:
+            several = ", ".join(row.id for row in found[:3]) + (", ..." if len(found) > 3 else "")
+            raise RunNotFound(f"more than one {name} starts with '{prefix}': {several}", hint="give more of the id")
+        return found[0]
+
+    def spans(self, run_id: str) -> list[SpanRow]:
+        """A run's spans in the order in which they started."""
+        spans = table("span")
+        query = select(spans).where(spans.c.run_id == run_id).order_by(spans.c.start_ns, spans.c.seq, spans.c.id)
+        return [_span_row(row) for row in self._all(query)]
+
+    def payload(self, hash: str) -> Any:  # noqa: A002 - the column's name
+        """The JSON value that a run's or span's `input` or `output` names.
+
+        Raises:
+            RecordError: it is not in the store, or damaged.
+        """
+        rows = self._all(select(table("payload")).where(table("payload").c.hash == hash))
+        if not rows:
+            raise RecordError(f"the content {hash} is not in the record")
+        try:
+            return json.loads(zstandard.ZstdDecompressor().decompress(rows[0].data, max_output_size=rows[0].size))
+        except (ValueError, zstandard.ZstdError) as error:
+            raise RecordError(f"the content {hash} is damaged: {error}") from error
+
+    def thread(self, thread_id: str) -> ThreadRow:
+        """
+        Raises:
+            RecordError: no run of that thread was recorded.
+        """
+        threads, runs = table("thread"), table("run")
+        count = select(func.count()).where(runs.c.thread_id == threads.c.id).scalar_subquery()
+        rows = self._all(select(threads, count.label("runs")).where(threads.c.id == thread_id))
+        if not rows:
+            raise RecordError(f"no thread is called '{thread_id}'", hint="list the runs with their threads: agentops runs")
+        return ThreadRow(**rows[0]._mapping)
+
+    def prompt(self, version: str) -> PromptVersion:
+        """
+        Raises:
+            RecordError: no such version was used in a recorded run.
+        """
+        prompts = table("prompt_version")
+        rows = self._all(select(prompts).where(prompts.c.version == version).order_by(prompts.c.first_seen_ns).limit(1))
+        if not rows:
+            raise RecordError(f"no prompt has the version '{version}'")
+        return PromptVersion(rows[0].name, rows[0].version, rows[0].template)
+
+    def balance(self, run_id: str) -> Balance:
+        """Whether everything that the run emitted is here."""
+        spans, payloads = table("span"), table("payload")
+        rows = self._all(
+            select(spans.c.id, spans.c.root_id, spans.c.seq, spans.c.input, spans.c.output).where(spans.c.run_id == run_id)
+        )
+        roots = [span for span in self.spans(run_id) if span.kind == "workflow"] if rows else []
+        emitted: dict[str, int] = {}
+        for row in rows:
+            emitted[row.root_id] = max(row.seq, emitted.get(row.root_id, 0))
+        for root in roots:
+            emitted[root.id] = max(int(root.attributes.get("emitted", 0)), emitted[root.id])
+        used = {value for row in rows for value in (row.input, row.output) if value}
+        cut = {row.hash for row in self._all(select(payloads.c.hash).where(payloads.c.truncated))} & used
+        faults = sum(int(root.attributes.get("faults", 0)) for root in roots)
+        return Balance(sum(emitted.values()), len(rows), len(cut), faults)
+
+
+def _usage(row: Row[Any]) -> Usage:
+    return Usage(**{name: getattr(row, name) for name in USAGE})
+
+
+def _run_row(row: Row[Any]) -> RunRow:
+    return RunRow(
+        **_columns(RunRow, row),
+        usage=_usage(row),
+        tags=tuple(row.tags),
+    )
+
+
+def _span_row(row: Row[Any]) -> SpanRow:
+    timing = Timing(**{name: getattr(row, name) for name in _TIMING})
+    return SpanRow(**_columns(SpanRow, row), usage=_usage(row), timing=timing)
+
+
+def _columns(kind: type, row: Row[Any]) -> dict[str, Any]:
+    wanted = set(cast(Any, kind).__dataclass_fields__) - {"usage", "timing", "tags"}
+    return {name: value for name, value in row._mapping.items() if name in wanted}

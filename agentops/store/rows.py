@@ -1,0 +1,88 @@
+"""What the record gives to its readers: frozen values, detached from any database.
+
+`input` and `output` are hashes for `Store.payload`. Times are nanoseconds UTC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from agentops.records import RunStatus, SpanKind, SpanStatus, Timing, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """A run. `ended_ns` is None while it runs, and for a crashed one, whose end nobody saw."""
+
+    id: str
+    thread_id: str
+    graph: str
+    status: RunStatus
+    started_ns: int
+    ended_ns: int | None
+    input: str | None
+    output: str | None
+    error: str | None
+    pid: int
+    usage: Usage
+    settings: Mapping[str, Any]
+    tags: tuple[str, ...]
+
+    @property
+    def duration_ns(self) -> int | None:
+        return None if self.ended_ns is None else self.ended_ns - self.started_ns
+
+
+@dataclass(frozen=True, slots=True)
+class SpanRow:
+    """A span. `root_id` is its workflow span; `seq` its number under it, in the order of starts."""
+
+    id: str
+    run_id: str
+    root_id: str
+    parent_id: str | None
+    seq: int
+    kind: SpanKind
+    name: str
+    status: SpanStatus
+    start_ns: int
+    duration_ns: int | None
+    node: str | None
+    step: int | None
+    task: str | None
+    checkpoint_ns: str | None
+    attempt: int | None
+    input: str | None
+    output: str | None
+    error: str | None
+    model: str | None
+    prompt_name: str | None
+    prompt_version: str | None
+    usage: Usage
+    timing: Timing
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadRow:
+    id: str
+    created_ns: int
+    last_ns: int
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """Whether all that a run told is kept. `emitted` spans were opened, `stored` ones are here; `truncated` payloads were cut;
+    `faults` were counted where recording failed."""
+
+    emitted: int
+    stored: int
+    truncated: int
+    faults: int
+
+    @property
+    def balanced(self) -> bool:
+        return self.emitted == self.stored and self.faults == 0

@@ -1,0 +1,125 @@
+"""The record's tables. Rows are written by `StoreWriter` and read through `Store`; nothing else touches them.
+
+Times are integer nanoseconds UTC. Inputs and outputs are named by the hash of their JSON and kept once in `payload`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Column, Index, LargeBinary, Table, Text
+from sqlmodel import Field, SQLModel
+
+
+def _ns(*, nullable: bool = False) -> Any:
+    return Field(default=None, sa_column=Column(BigInteger, nullable=nullable))
+
+
+def _text() -> Any:
+    return Field(default=None, sa_column=Column(Text))
+
+
+class Thread(SQLModel, table=True):
+    """A conversation."""
+
+    id: str = Field(primary_key=True)
+    created_ns: int = _ns()
+    last_ns: int = _ns()
+
+
+class Run(SQLModel, table=True):
+    """One invocation of a graph on a thread. The token columns are the sums over its generation spans."""
+
+    __table_args__ = (Index("ix_run_status", "status"), Index("ix_run_started", "started_ns", "id"))
+
+    id: str = Field(primary_key=True)
+    thread_id: str = Field(index=True)
+    graph: str = Field(index=True)
+    status: str
+    started_ns: int = _ns()
+    ended_ns: int | None = _ns(nullable=True)
+    input: str | None = None
+    output: str | None = None
+    error: str | None = _text()
+    pid: int = 0
+    segment: str = ""
+    settings: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    tags: list[str] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    trimmed_tokens: int = 0
+
+
+class Span(SQLModel, table=True):
+    """A timed unit of a run. `seq` counts from 1 under each workflow span, whose id is `root_id`."""
+
+    __table_args__ = (Index("ix_span_run", "run_id", "root_id", "seq"), Index("ix_span_status", "status"))
+
+    id: str = Field(primary_key=True)
+    run_id: str
+    root_id: str
+    parent_id: str | None = None
+    seq: int
+    kind: str
+    name: str
+    status: str
+    start_ns: int = _ns()
+    duration_ns: int | None = _ns(nullable=True)
+    segment: str = ""
+    node: str | None = None
+    step: int | None = None
+    task: str | None = None
+    checkpoint_ns: str | None = None
+    attempt: int | None = None
+    input: str | None = None
+    output: str | None = None
+    error: str | None = _text()
+    model: str | None = None
+    prompt_name: str | None = None
+    prompt_version: str | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    trimmed_tokens: int = 0
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    first_token_ms: float = 0.0
+    attributes: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+
+
+class Payload(SQLModel, table=True):
+    """JSON, compressed with zstd; `size` is that of the JSON in bytes, `truncated` says that something was cut."""
+
+    hash: str = Field(primary_key=True)
+    data: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    size: int
+    truncated: bool = False
+
+
+class PromptVersion(SQLModel, table=True):
+    """A template by its content hash, and when it was first used under that name."""
+
+    __tablename__ = "prompt_version"
+
+    version: str = Field(primary_key=True)
+    name: str = Field(primary_key=True)
+    template: str = Field(sa_column=Column(Text, nullable=False))
+    first_seen_ns: int = _ns()
+
+
+class JournalPosition(SQLModel, table=True):
+    """How far a journal segment has been read; `lost` counts its damaged records."""
+
+    __tablename__ = "journal_position"
+
+    segment: str = Field(primary_key=True)
+    position: int = _ns()
+    lost: int = 0
+
+
+def table(name: str) -> Table:
+    return SQLModel.metadata.tables[name]

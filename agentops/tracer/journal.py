@@ -1,0 +1,207 @@
+"""The journal: one append-only file a process. An append that returned is acknowledged and survives kill -9.
+
+A record is a header (length and CRC-32 of the payload, both unsigned 32 bit little-endian) and a msgpack payload. Its
+owner holds an exclusive `flock` on the file while it lives, so anyone can tell a dead owner's segment by trying the lock.
+The journal knows nothing of what the events mean and nothing of the store; it does not survive the machine's power loss.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import threading
+import weakref
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ormsgpack
+
+from agentops.clock import UlidSource
+from agentops.errors import JournalFull
+
+SUFFIX = ".seg"
+MAX_RECORD_BYTES = 2**30
+_HEADER = struct.Struct("<II")
+_RESERVE_BYTES = 65_536
+
+Event = dict[str, Any]
+
+
+class Journal:
+    """This process's segment in `folder`. Safe to use from many threads; a forked child gets a segment of its own.
+
+    Raises:
+        JournalFull: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._open()
+        me = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _after_fork(me()))
+
+    def _open(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while True:
+                self.path = self.folder / (UlidSource().new("j") + SUFFIX)
+                self._fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+                # Whoever drains may have taken the new file for a dead owner's before the lock was held.
+                if self.path.exists():
+                    break
+                os.close(self._fd)
+            self._reserve = self.path.with_suffix(".reserve")
+            self._reserve.write_bytes(bytes(_RESERVE_BYTES))
+        except OSError as error:
+            raise _full(error, self.folder) from error
+        self.size = 0
+        self._closed = self._orphan = False
+
+    def _forked(self) -> None:
+        self._lock = threading.Lock()
+        if not self._closed:
+            os.close(self._fd)
+            self._orphan = True
+
+    @property
+    def segment(self) -> str:
+        return self.path.name
+
+    def append(self, *events: Event, last_word: bool = False) -> None:
+        """Writes the events, all of them or none. `last_word` may use the space kept back for the end of a run.
+
+        Raises:
+            JournalFull: the disk takes no more, or the journal is closed. What was appended before stays readable.
+        """
+        frames = b"".join(frame(event) for event in events)
+        with self._lock:
+            if self._closed:
+                raise JournalFull("the journal is closed", hint="start runs before the runtime is closed")
+            if self._orphan:
+                self._open()
+            try:
+                self._write(frames)
+            except OSError as error:
+                if not last_word or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise _full(error, self.folder) from error
+                self._reserve.unlink(missing_ok=True)
+                try:
+                    self._write(frames)
+                except OSError as again:
+                    raise _full(again, self.folder) from again
+
+    def _write(self, frames: bytes) -> None:
+        rest = memoryview(frames)
+        try:
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except OSError:
+            # Half a record would hide every later one from readers.
+            os.ftruncate(self._fd, self.size)
+            raise
+        self.size += len(frames)
+
+    def close(self) -> None:
+        """Gives the segment up: whoever drains next may delete it. Closing twice is harmless."""
+        with self._lock:
+            if not self._closed and not self._orphan:
+                self._reserve.unlink(missing_ok=True)
+                os.close(self._fd)
+            self._closed = True
+
+
+def _after_fork(journal: Journal | None) -> None:
+    if journal is not None:
+        journal._forked()
+
+
+def frame(event: Event) -> bytes:
+    """One record as it stands in a segment."""
+    try:
+        payload = ormsgpack.packb(event)
+    except (TypeError, ValueError):
+        payload = ormsgpack.packb(_packable(event))
+    return _HEADER.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def _packable(value: Any) -> Any:
+    """The same with what msgpack refuses (lone surrogates, huge integers, foreign types) written as text."""
+    match value:
+        case dict():
+            return {str(_packable(key)): _packable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_packable(item) for item in value]
+        case str():
+            return value.encode("utf-8", "backslashreplace").decode()
+        case None | bool() | float() | bytes():
+            return value
+        case int() if -(2**63) <= value < 2**63:
+            return value
+    return str(value)[:1000].encode("utf-8", "backslashreplace").decode()
+
+
+def read(segment: Path, position: int = 0) -> Iterator[tuple[Event | None, int]]:
+    """The records from `position` on, each with the position after it. Stops before a torn or unreadable tail.
+
+    A damaged record between two good ones is given as `None`, so that its loss can be told.
+    """
+    with segment.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        while True:
+            file.seek(position)
+            found, end = _record(file, position, size)
+            if end is None or (found is None and not _good_at(file, end, size)):
+                return
+            yield found, end
+            position = end
+
+
+def _record(file: Any, position: int, size: int) -> tuple[Event | None, int | None]:
+    """(event, end), (None, end) when damaged, (None, None) when there is no whole record here."""
+    header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size:
+        return None, None
+    length, checksum = _HEADER.unpack(header)
+    end = position + _HEADER.size + length
+    if length > MAX_RECORD_BYTES or end > size:
+        return None, None
+    payload = file.read(length)
+    if zlib.crc32(payload) != checksum:
+        return None, end
+    try:
+        event = ormsgpack.unpackb(payload)
+    except ValueError:
+        return None, end
+    return (event, end) if isinstance(event, dict) else (None, end)
+
+
+def _good_at(file: Any, position: int, size: int) -> bool:
+    file.seek(position)
+    return _record(file, position, size)[0] is not None
+
+
+def claim(segment: Path) -> int | None:
+    """An open descriptor that holds the lock of a dead owner's segment, or `None` while its owner lives."""
+    try:
+        fd = os.open(segment, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _full(error: OSError, folder: Path) -> JournalFull:
+    return JournalFull(
+        f"the journal cannot be written: {error.strerror or error} ({folder})",
+        hint="free some disk space (or point paths.home at another disk), then resume the run",
+    )

@@ -1,0 +1,592 @@
+"""Runs and spans as they happen: what is going on now, written to the journal before and after it happens.
+
+Every span event is the whole row as it is known at that time, so a reader may apply it twice and a crash leaves an honest
+open span. A run's spans are numbered from 1; the numbers stored tell whether one is missing. A resumed run keeps its id
+and gets one more workflow span for each time it is taken up again.
+This module knows no SQL; of LangGraph it only knows where the current run is found.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from agentops.clock import Clock, Ids
+from agentops.errors import JournalFull
+from agentops.records import (
+    PromptVersion,
+    RunStatus,
+    SpanKind,
+    SpanStatus,
+    StepEnded,
+    StepStarted,
+    Timing,
+    Token,
+    Usage,
+)
+from agentops.settings import Settings
+from agentops.tracer.journal import Event, Journal
+from agentops.tracer.payload import encode
+
+if TYPE_CHECKING:
+    from agentops.tracer.drain import Drainer
+    from agentops.tracer.taps import Taps
+
+log = logging.getLogger("agentops.tracer")
+
+LiveEvent = StepStarted | StepEnded | Token
+_NOTHING: Any = object()
+_STACK_CHARACTERS = 20_000
+_KNOWN_PAYLOADS = 20_000
+
+
+class Span:
+    """An open span. Set what is learned on the way; the trace that opened it writes it."""
+
+    __slots__ = ("_mono_ns", "path", "row")
+
+    def __init__(self, row: Event, mono_ns: int, path: tuple[str, ...]) -> None:
+        self.row = row
+        self.path = path
+        self._mono_ns = mono_ns
+
+    @property
+    def id(self) -> str:
+        return str(self.row["id"])
+
+    def set(self, **attributes: Any) -> None:
+        """Adds attributes; values that are not numbers, strings, booleans or lists of them are kept as text."""
+        self.row.setdefault("attributes", {}).update(attributes)
+
+
+class Handle:
+    """What `span()` gives to its block: `set(...)` attributes, and `output` when there is one. Records nothing outside a run."""
+
+    def __init__(self, span: Span | None) -> None:
+        self._span = span
+        self.output: Any = _NOTHING
+
+    @property
+    def id(self) -> str | None:
+        return self._span.id if self._span else None
+
+    def set(self, **attributes: Any) -> None:
+        if self._span:
+            self._span.set(**attributes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """A span that our own code opened, and the LangChain run it was opened in."""
+
+    run: RunTrace
+    span: str
+    under: UUID | None
+
+
+_own: ContextVar[_Own | None] = ContextVar("agentops_span", default=None)
+_tags: ContextVar[Mapping[str, Any]] = ContextVar("agentops_tags", default={})  # noqa: B039 - never mutated
+
+
+@contextmanager
+def tagged(**attributes: Any) -> Iterator[None]:
+    """Attributes for every span opened inside the block. `prompt=PromptVersion(...)` names the prompt that is used."""
+    token = _tags.set({**_tags.get(), **attributes})
+    try:
+        yield
+    finally:
+        _restore(_tags, token)
+
+
+@contextmanager
+def span(kind: SpanKind, name: str, input: Any = None) -> Iterator[Handle]:  # noqa: A002 - the word users know
+    """A span around own code, the child of what is running now. Works around `await` too; outside a run it records nothing."""
+    place = locate()
+    if place is None:
+        yield Handle(None)
+        return
+    run, parent, under = place
+    opened = run.open(kind, name, parent=parent, input=input)
+    handle = Handle(opened)
+    token = _own.set(_Own(run, opened.id, under))
+    try:
+        yield handle
+    except BaseException as error:
+        run.close(opened, error=error)
+        raise
+    else:
+        run.close(opened, output=handle.output)
+    finally:
+        _restore(_own, token)
+
+
+def _restore(variable: ContextVar[Any], token: Any) -> None:
+    try:
+        variable.reset(token)
+    except ValueError:
+        # The block was left in another context (a generator closed elsewhere): nothing of ours is set there.
+        return
+
+
+def locate() -> tuple[RunTrace, str, UUID | None] | None:
+    """Where code that is running now belongs: (run, parent span, LangChain run id), or `None` outside any run.
+
+    LangChain keeps the current run in a context variable, which asyncio tasks, `asyncio.gather` and `asyncio.to_thread`
+    carry along; so the enclosing node is found wherever the call is made from.
+    """
+    own = _own.get()
+    # Not loaded means that no graph is running; importing it would cost two seconds.
+    config_module = sys.modules.get("langchain_core.runnables.config")
+    config = config_module.var_child_runnable_config.get() if config_module else None
+    manager = (config or {}).get("callbacks")
+    under: UUID | None = getattr(manager, "parent_run_id", None)
+    for handler in reversed(getattr(manager, "handlers", ())):
+        run = getattr(handler, "agentops_run", None)
+        if isinstance(run, RunTrace) and under is not None:
+            return run, run.parent(under), under
+    return (own.run, own.span, own.under) if own else None
+
+
+class RunTrace:
+    """One run being recorded. Made by `Tracer.start_run`; all methods may be called from any thread."""
+
+    def __init__(self, tracer: Tracer, row: Event) -> None:
+        self.tracer = tracer
+        self.id: str = row["id"]
+        self.thread_id: str = row["thread_id"]
+        self._row = row
+        self._lock = threading.RLock()
+        self._open: dict[str, Span] = {}
+        self._langchain: dict[UUID, str] = {}
+        self._listeners: list[Callable[[LiveEvent], None]] = []
+        self._usage = Usage()
+        self._emitted = 0
+        self._faults = 0
+        self._full: JournalFull | None = None
+        self._root: Span | None = None
+
+    @cached_property
+    def handler(self) -> Taps:
+        """A LangGraph callback handler to put into `config["callbacks"]`."""
+        from agentops.tracer.taps import Taps
+
+        return Taps(self)
+
+    @property
+    def usage(self) -> Usage:
+        """The sum over the generations of this run so far, since it was started or taken up again."""
+        return self._usage
+
+    @property
+    def root_id(self) -> str:
+        """The workflow span's id."""
+        return self._root.id if self._root else ""
+
+    def listen(self, callback: Callable[[LiveEvent], None]) -> None:
+        """Calls back with every step's start and end and every token, in the thread where they happen."""
+        self._listeners.append(callback)
+
+    def check(self) -> None:
+        """
+        Raises:
+            JournalFull: an event of this run could not be written; the run must stop.
+        """
+        if self._full is not None:
+            raise self._full
+
+    def start(self, name: str, payload: Any) -> None:
+        """Writes the run and its workflow span, before any work.
+
+        Raises:
+            JournalFull: nothing was started.
+        """
+        events = [self._row]
+        if payload is not _NOTHING:
+            self._row["input"] = self.tracer.payload(payload, events)
+        self._root = self._make("workflow", name, None)
+        self._root.row["input"] = self._row.get("input")
+        self._open[self._root.id] = self._root
+        self.tracer.write([*events, self._root.row])
+
+    def end(self, status: RunStatus, output: Any = None, error: BaseException | str | None = None) -> None:
+        """Closes the workflow span and whatever is still open under it, and writes how the run ended. Never raises:
+        when the journal is full (`check` tells) the run is found as crashed once its process is gone."""
+        try:
+            self._end(status, output, error)
+        except JournalFull as full:
+            self._full = full
+        except Exception:
+            self.fault()
+
+    def _end(self, status: RunStatus, output: Any, error: BaseException | str | None) -> None:
+        events: list[Event] = []
+        row = {**self._row, "status": status, "ended_ns": self.tracer.clock.now_ns(), "segment": self.tracer.journal.segment}
+        if output is not None:
+            row["output"] = self.tracer.payload(output, events)
+        if error is not None:
+            row["error"] = _message(error)
+        with self._lock:
+            left, self._open = list(self._open.values()), {}
+        for span in reversed(left):
+            if span is self._root:
+                span.set(emitted=self._emitted, faults=self._faults)
+                span.row["output"] = row.get("output")
+                self._finish(span, _SPAN_STATUS.get(status, "ok"), error)
+            else:
+                self._finish(span, "interrupted" if status == "waiting" else "cancelled", None)
+            events.append(span.row)
+        self.tracer.write([*events, {**row, "ns": self.tracer.clock.now_ns()}], last_word=True)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Calls made in the block outside any node are recorded under the workflow span."""
+        token = _own.set(_Own(self, self.root_id, None))
+        try:
+            yield
+        finally:
+            _restore(_own, token)
+
+    def fault(self) -> None:
+        """Counts a failure of the recording itself, which must not hurt the run."""
+        self._faults += 1
+        self.tracer.fault()
+
+    # Spans
+
+    def parent(self, under: UUID | None) -> str:
+        """The span in which something under a LangChain run belongs; our own innermost span there comes first."""
+        own = _own.get()
+        if own is not None and own.run is self and own.under == under:
+            return own.span
+        return self._langchain.get(under, self.root_id) if under else self.root_id
+
+    def bind(self, langchain: UUID, span_id: str) -> None:
+        """Things under that LangChain run belong to that span from now on."""
+        self._langchain[langchain] = span_id
+
+    def span_of(self, langchain: UUID) -> Span | None:
+        """The open span bound to a LangChain run."""
+        return self._open.get(self._langchain.get(langchain, ""))
+
+    def find(self, span_id: str) -> Span | None:
+        """An open span by its id."""
+        return self._open.get(span_id)
+
+    def annotate(self, **attributes: Any) -> None:
+        """Attributes of the workflow span, written with its end."""
+        if self._root is not None:
+            self._root.set(**attributes)
+
+    def forget(self, langchain: UUID) -> None:
+        self._langchain.pop(langchain, None)
+
+    def open(
+        self,
+        kind: SpanKind,
+        name: str,
+        *,
+        parent: str,
+        input: Any = _NOTHING,  # noqa: A002
+        attributes: Mapping[str, Any] | None = None,
+        path: tuple[str, ...] | None = None,
+        started: tuple[int, int] | None = None,
+        **columns: Any,
+    ) -> Span:
+        """Writes a new span. `started` is (wall, monotonic) nanoseconds when it began before this call.
+
+        Raises:
+            JournalFull: the caller must let it stop the run.
+        """
+        opened = self._make(kind, name, parent, path, started, columns)
+        self._guarded(self._begin, opened, input, attributes or {})
+        if kind == "node":
+            self._tell(StepStarted(self.id, opened.row["node"], opened.row.get("step", 0), opened.path))
+        return opened
+
+    def _make(
+        self,
+        kind: SpanKind,
+        name: str,
+        parent: str | None,
+        path: tuple[str, ...] | None = None,
+        started: tuple[int, int] | None = None,
+        columns: Mapping[str, Any] | None = None,
+    ) -> Span:
+        clock = self.tracer.clock
+        wall_ns, mono_ns = started or (clock.now_ns(), clock.monotonic_ns())
+        with self._lock:
+            self._emitted = number = self._emitted + 1
+            above = self._open.get(parent or "")
+        row: Event = {
+            "t": "span",
+            "ns": wall_ns,
+            "id": self.tracer.ids.new("sp"),
+            "run_id": self.id,
+            "parent_id": parent,
+            "seq": number,
+            "kind": kind,
+            "name": name,
+            "status": "open",
+            "start_ns": wall_ns,
+            "segment": self.tracer.journal.segment,
+        }
+        row["root_id"] = self.root_id or row["id"]
+        if above is not None:
+            # A generation says in which node it happened without a walk up the tree.
+            row.update({key: above.row[key] for key in ("node", "step") if key in above.row})
+        row.update(columns or {})
+        return Span(row, mono_ns, path if path is not None else above.path if above else ())
+
+    def _begin(self, opened: Span, payload: Any, attributes: Mapping[str, Any]) -> None:
+        events: list[Event] = []
+        tags = dict(_tags.get())
+        prompt = tags.pop("prompt", None)
+        if isinstance(prompt, PromptVersion):
+            opened.row.update(prompt_name=prompt.name, prompt_version=prompt.version)
+            self.tracer.prompt(prompt, events)
+        if tags or attributes:
+            opened.set(**tags, **attributes)
+        if payload is not _NOTHING and payload is not None:
+            opened.row["input"] = self.tracer.payload(payload, events)
+        with self._lock:
+            self._open[opened.id] = opened
+        self._write([*events, opened.row])
+
+    def close(
+        self,
+        closing: Span,
+        *,
+        status: SpanStatus | None = None,
+        output: Any = _NOTHING,
+        error: BaseException | str | None = None,
+        usage: Usage | None = None,
+        timing: Timing | None = None,
+        **columns: Any,
+    ) -> None:
+        """Writes how a span ended. A status that is not given follows from the error. Closing twice is harmless.
+
+        Raises:
+            JournalFull: the caller must let it stop the run.
+        """
+        with self._lock:
+            if self._open.pop(closing.id, None) is None:
+                return
+            if usage is not None:
+                self._usage += usage
+        status = status or _status_of(error)
+        closing.row.update(columns)
+        self._guarded(self._finish, closing, status, error if status == "error" else None, usage, timing)
+        self._guarded(self._conclude, closing, output)
+        if closing.row["kind"] == "node":
+            row = closing.row
+            detail = row.get("error") or row.get("attributes", {}).get("route") or ""
+            milliseconds = row.get("duration_ns", 0) / 1e6
+            self._tell(StepEnded(self.id, row["node"], row.get("step", 0), status, milliseconds, _line(str(detail))))
+
+    def _finish(
+        self,
+        closing: Span,
+        status: SpanStatus,
+        error: BaseException | str | None,
+        usage: Usage | None = None,
+        timing: Timing | None = None,
+    ) -> None:
+        row = closing.row
+        row["status"] = status
+        row["duration_ns"] = self.tracer.clock.monotonic_ns() - closing._mono_ns
+        row["ns"] = self.tracer.clock.now_ns()
+        row["segment"] = self.tracer.journal.segment
+        if usage is not None:
+            row.update(asdict(usage))
+        if timing is not None:
+            row.update(asdict(timing))
+        if error is not None:
+            row["error"] = _message(error)
+            if isinstance(error, BaseException):
+                closing.set(stack="".join(traceback.format_exception(error))[-_STACK_CHARACTERS:])
+
+    def _conclude(self, closing: Span, output: Any) -> None:
+        events: list[Event] = []
+        if output is not _NOTHING and output is not None:
+            closing.row["output"] = self.tracer.payload(output, events)
+        self._write([*events, closing.row])
+
+    def token(self, text: str, node: str | None) -> None:
+        """Passes a piece of a model's output on to those who listen; it is not recorded by itself."""
+        if text and self._listeners:
+            self._tell(Token(self.id, node or "", text))
+
+    def _tell(self, event: LiveEvent) -> None:
+        for listener in self._listeners:
+            try:
+                listener(event)
+            except Exception:
+                self.fault()
+
+    def _write(self, events: list[Event]) -> None:
+        self.check()
+        self.tracer.write(events)
+
+    def _guarded(self, action: Callable[..., None], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except JournalFull as full:
+            self._full = full
+            raise
+        except Exception:
+            self.fault()
+
+
+_SPAN_STATUS: dict[RunStatus, SpanStatus] = {
+    "failed": "error",
+    "cancelled": "cancelled",
+    "waiting": "interrupted",
+    "crashed": "crashed",
+}
+
+
+def _status_of(error: BaseException | str | None) -> SpanStatus:
+    if error is None:
+        return "ok"
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if "ParentCommand" in names:
+        return "ok"
+    if "GraphBubbleUp" in names:
+        return "interrupted"
+    if names & {"CancelledError", "KeyboardInterrupt", "GeneratorExit"}:
+        return "cancelled"
+    return "error"
+
+
+def _message(error: BaseException | str) -> str:
+    if isinstance(error, str):
+        return error
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _line(text: str) -> str:
+    first = text.strip().split("\n", 1)[0]
+    return first if len(first) <= 200 else first[:199] + "…"
+
+
+class Tracer:
+    """Owns this process's journal and the thread that drains it. Make it with `open_tracer`."""
+
+    def __init__(self, settings: Settings, journal: Journal, *, clock: Clock, ids: Ids, drainer: Drainer | None = None) -> None:
+        self.settings = settings
+        self.journal = journal
+        self.clock = clock
+        self.ids = ids
+        self.drainer = drainer
+        self.faults = 0
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, None] = OrderedDict()
+
+    def start_run(
+        self,
+        *,
+        run_id: str,
+        thread_id: str,
+        graph: str,
+        input: Any = None,  # noqa: A002
+        settings: Mapping[str, Any] | None = None,
+        resumed: bool = False,
+        tags: tuple[str, ...] = (),
+    ) -> RunTrace:
+        """Writes that the run is running, then gives the trace to record it with.
+
+        A resumed run keeps what was stored when it began (graph, input, time of start); it gets one more workflow span,
+        whose input is what it was resumed with.
+
+        Raises:
+            JournalFull: the run must not start.
+        """
+        now_ns = self.clock.now_ns()
+        row: Event = {
+            "t": "run",
+            "ns": now_ns,
+            "id": run_id,
+            "thread_id": thread_id,
+            "graph": graph,
+            "status": "running",
+            "started_ns": now_ns,
+            "pid": os.getpid(),
+            "segment": self.journal.segment,
+            "settings": dict(settings or {}),
+            "tags": list(tags),
+        }
+        run = RunTrace(self, row)
+        run.start(f"{graph} (resumed)" if resumed else graph, input)
+        return run
+
+    def close(self) -> None:
+        """Drains what can be drained in a short time, and gives the journal up. Closing twice is harmless."""
+        if self.drainer is not None:
+            self.drainer.close()
+        self.journal.close()
+        if self.drainer is not None:
+            self.drainer.finish()
+
+    def fault(self) -> None:
+        with self._lock:
+            self.faults += 1
+            first = self.faults == 1
+        if first:
+            log.warning("an event could not be recorded as it should be; the run goes on", exc_info=True)
+
+    def write(self, events: list[Event], *, last_word: bool = False) -> None:
+        try:
+            self.journal.append(*events, last_word=last_word)
+        except JournalFull:
+            # What these events were to bring into the store has to be brought again.
+            with self._lock:
+                for event in events:
+                    key = f"{event['name']}\0{event['version']}" if event["t"] == "prompt" else str(event.get("hash", ""))
+                    self._known.pop(key, None)
+            raise
+
+    def payload(self, value: Any, events: list[Event]) -> str:
+        """The hash of a value's JSON; adds an event with the content unless this process wrote it before."""
+        found = encode(value, self.settings.record.payload_bytes)
+        if self._new(found.hash):
+            ns = self.clock.now_ns()
+            events.insert(0, {"t": "payload", "ns": ns, "hash": found.hash, "data": found.data, "truncated": found.truncated})
+        return found.hash
+
+    def prompt(self, prompt: PromptVersion, events: list[Event]) -> None:
+        if self._new(f"{prompt.name}\0{prompt.version}"):
+            events.insert(0, {"t": "prompt", "ns": self.clock.now_ns(), **asdict(prompt)})
+
+    def _new(self, key: str) -> bool:
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+                return False
+            self._known[key] = None
+            if len(self._known) > _KNOWN_PAYLOADS:
+                self._known.popitem(last=False)
+            return True
+
+
+def open_tracer(settings: Settings, *, clock: Clock, ids: Ids) -> Tracer:
+    """A tracer for this process, with its journal in `<paths.home>/journal`, drained in the background.
+
+    Raises:
+        JournalFull: the folder cannot be written.
+    """
+    from agentops.tracer.drain import Drainer
+
+    journal = Journal(settings.paths.home / "journal")
+    return Tracer(settings, journal, clock=clock, ids=ids, drainer=Drainer(settings, journal))

@@ -1,0 +1,129 @@
+"""Wrappers that record what an engine and a retriever are asked and answer, wherever in a graph they are called.
+
+They add nothing else: outside a run the call passes through, and an error of the wrapped object reaches the caller as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from agentops.records import Delta, Generation, ModelInfo, Query, Request, Retrieval, ScoreRequest, Scores, SpanStatus
+from agentops.tracer.trace import RunTrace, Span, Tracer, locate
+
+if TYPE_CHECKING:
+    from agentops.engine import Engine
+    from agentops.retrieval import Retriever
+
+
+class TracedEngine:
+    """An `Engine` that records a generation span for each call of the engine it wraps."""
+
+    def __init__(self, engine: Engine, tracer: Tracer) -> None:
+        self._engine = engine
+        self._tracer = tracer
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._engine.info
+
+    async def stream(self, request: Request) -> AsyncIterator[Delta | Generation]:
+        events = self._engine.stream(request)
+        try:
+            place = locate()
+            if place is None:
+                async for event in events:
+                    yield event
+                return
+            run, parent, _ = place
+            call = _open(run, parent, "generate", request, self._engine.info)
+            chunks = 0
+            try:
+                async for event in events:
+                    if isinstance(event, Generation):
+                        _close_generation(run, call, event, chunks)
+                    elif call.row["status"] == "open":
+                        chunks += 1
+                        run.token(event.text, call.row.get("node"))
+                    yield event
+            except BaseException as error:
+                run.close(call, error=error)
+                raise
+            run.close(call, error="the engine ended its stream without an answer")
+        finally:
+            close: Callable[[], Awaitable[None]] | None = getattr(events, "aclose", None)
+            if close is not None:
+                await close()
+
+    async def score(self, request: ScoreRequest) -> Scores:
+        place = locate()
+        if place is None:
+            return await self._engine.score(request)
+        run, parent, _ = place
+        call = _open(run, parent, "score", request, self._engine.info)
+        try:
+            scores = await self._engine.score(request)
+        except BaseException as error:
+            run.close(call, error=error)
+            raise
+        table = [{"text": choice.text, "mean": choice.mean, "total": choice.total} for choice in scores.choices]
+        call.set(device=scores.device)
+        run.close(call, output=table, usage=scores.usage, timing=scores.timing, model=scores.model)
+        return scores
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+def _open(run: RunTrace, parent: str, name: str, request: Request | ScoreRequest, info: ModelInfo) -> Span:
+    asked: dict[str, Any] = {"text": request.text} if request.text is not None else {"messages": list(request.messages)}
+    attributes: dict[str, Any] = {"revision": info.revision, "device": info.device, "quantization": info.quantization}
+    if isinstance(request, ScoreRequest):
+        asked["choices"] = list(request.choices)
+    else:
+        names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+        attributes |= {name: value for name in names if (value := getattr(request, name)) not in (None, ())}
+        if request.constraint is not None:
+            asked["constraint"] = asdict(request.constraint)
+    return run.open("generation", name, parent=parent, input=asked, attributes=attributes, model=info.name)
+
+
+def _close_generation(run: RunTrace, call: Span, answer: Generation, chunks: int) -> None:
+    call.set(finish_reason=answer.finish_reason, device=answer.device, chunks=chunks)
+    status: SpanStatus = "cancelled" if answer.finish_reason == "cancelled" else "ok"
+    run.close(call, status=status, output=answer.text, usage=answer.usage, timing=answer.timing, model=answer.model)
+
+
+class TracedRetriever:
+    """A `Retriever` that records a retrieval span, with every hit, for each search of the one it wraps."""
+
+    def __init__(self, retriever: Retriever, tracer: Tracer) -> None:
+        self._retriever = retriever
+        self._tracer = tracer
+
+    async def search(self, query: Query) -> Retrieval:
+        place = locate()
+        if place is None:
+            return await self._retriever.search(query)
+        run, parent, _ = place
+        attributes = {"collection": query.collection, "k": query.k, "mode": query.mode}
+        call = run.open("retrieval", "search", parent=parent, input=query.text, attributes=attributes)
+        try:
+            found = await self._retriever.search(query)
+        except (asyncio.CancelledError, Exception) as error:
+            run.close(call, error=error)
+            raise
+        call.set(hits=len(found.hits), generation=found.generation, embed_ms=found.embed_ms, search_ms=found.search_ms)
+        run.close(call, output=[_hit(hit) for hit in found.hits])
+        return found
+
+
+def _hit(hit: Any) -> dict[str, Any]:
+    document = hit.document
+    shown: dict[str, Any] = {"id": document.id, "source": document.metadata.get("source"), "score": hit.score}
+    for leg in ("vector", "lexical"):
+        if (placed := getattr(hit, leg)) is not None:
+            shown[leg] = {"rank": placed.rank, "score": placed.score}
+    return {**shown, "hash": document.hash, "metadata": dict(document.metadata), "text": document.text}
