@@ -118,7 +118,7 @@ class Store:
         return [_span_row(row) for row in self._all(query)]
 
     def payload(self, hash: str) -> Any:  # noqa: A002 - the column's name
-        """The JSON value that a run's or span's `input` or `output` names.
+        """The JSON value that a run's or span's `input_hash` or `output_hash` names.
 
         Raises:
             RecordError: it is not in the store, or damaged.
@@ -158,7 +158,9 @@ class Store:
         """Whether everything that the run emitted is here."""
         spans, payloads = table("span"), table("payload")
         rows = self._all(
-            select(spans.c.id, spans.c.root_id, spans.c.seq, spans.c.input, spans.c.output).where(spans.c.run_id == run_id)
+            select(spans.c.id, spans.c.root_id, spans.c.seq, spans.c.input_hash, spans.c.output_hash).where(
+                spans.c.run_id == run_id
+            )
         )
         roots = [span for span in self.spans(run_id) if span.kind == "workflow"] if rows else []
         emitted: dict[str, int] = {}
@@ -166,7 +168,7 @@ class Store:
             emitted[row.root_id] = max(row.seq, emitted.get(row.root_id, 0))
         for root in roots:
             emitted[root.id] = max(int(root.attributes.get("emitted", 0)), emitted[root.id])
-        used = {value for row in rows for value in (row.input, row.output) if value}
+        used = {value for row in rows for value in (row.input_hash, row.output_hash) if value}
         cut = {row.hash for row in self._all(select(payloads.c.hash).where(payloads.c.truncated))} & used
         faults = sum(int(root.attributes.get("faults", 0)) for root in roots)
         return Balance(sum(emitted.values()), len(rows), len(cut), faults)

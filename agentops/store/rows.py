@@ -1,6 +1,6 @@
 """What the record gives to its readers: frozen values, detached from any database.
 
-`input` and `output` are hashes for `Store.payload`. Times are nanoseconds UTC.
+`input_hash` and `output_hash` are names for `Store.payload`. Times are nanoseconds UTC.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class RunRow:
     status: RunStatus
     started_ns: int
     ended_ns: int | None
-    input: str | None
-    output: str | None
+    input_hash: str | None
+    output_hash: str | None
     error: str | None
     pid: int
     usage: Usage
@@ -54,8 +54,8 @@ class SpanRow:
     task: str | None
     checkpoint_ns: str | None
     attempt: int | None
-    input: str | None
-    output: str | None
+    input_hash: str | None
+    output_hash: str | None
     error: str | None
     model: str | None
     prompt_name: str | None

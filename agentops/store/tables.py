@@ -38,8 +38,8 @@ class Run(SQLModel, table=True):
     status: str
     started_ns: int = _ns()
     ended_ns: int | None = _ns(nullable=True)
-    input: str | None = None
-    output: str | None = None
+    input_hash: str | None = None
+    output_hash: str | None = None
     error: str | None = _text()
     pid: int = 0
     segment: str = ""
@@ -73,8 +73,8 @@ class Span(SQLModel, table=True):
     task: str | None = None
     checkpoint_ns: str | None = None
     attempt: int | None = None
-    input: str | None = None
-    output: str | None = None
+    input_hash: str | None = None
+    output_hash: str | None = None
     error: str | None = _text()
     model: str | None = None
     prompt_name: str | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import date, time, timedelta
@@ -50,6 +51,11 @@ def encode(value: Any, limit_bytes: int) -> Payload:
         # Escapes and multi-byte characters make JSON longer than the characters counted; try again with less.
         room = max(64, int(room * 0.8 * limit_bytes / len(data)))
     return Payload(content_hash(data), data, truncated=True)
+
+
+def to_plain(value: Any) -> Any:
+    """The value as JSON knows it (dicts, lists, strings, numbers), whole, with marks for what JSON cannot say."""
+    return _Plainer(sys.maxsize, cut=False).plain(value, 0)
 
 
 def _dump(plain: Any) -> bytes:

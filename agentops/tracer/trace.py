@@ -163,7 +163,7 @@ class RunTrace:
 
     def __init__(self, tracer: Tracer, row: Event) -> None:
         self.tracer = tracer
-        self.id: str = row["id"]
+        self.run_id: str = row["id"]
         self.thread_id: str = row["thread_id"]
         self._row = row
         self._lock = threading.RLock()
@@ -213,9 +213,9 @@ class RunTrace:
         """
         events = [self._row]
         if payload is not _NOTHING:
-            self._row["input"] = self.tracer.payload(payload, events)
+            self._row["input_hash"] = self.tracer.payload(payload, events)
         self._root = self._make("workflow", name, None)
-        self._root.row["input"] = self._row.get("input")
+        self._root.row["input_hash"] = self._row.get("input_hash")
         self._open[self._root.id] = self._root
         self.tracer.write([*events, self._root.row])
 
@@ -233,7 +233,7 @@ class RunTrace:
         events: list[Event] = []
         row = {**self._row, "status": status, "ended_ns": self.tracer.clock.now_ns(), "segment": self.tracer.journal.segment}
         if output is not None:
-            row["output"] = self.tracer.payload(output, events)
+            row["output_hash"] = self.tracer.payload(output, events)
         if error is not None:
             row["error"] = _message(error)
         with self._lock:
@@ -241,7 +241,7 @@ class RunTrace:
         for span in reversed(left):
             if span is self._root:
                 span.set(emitted=self._emitted, faults=self._faults)
-                span.row["output"] = row.get("output")
+                span.row["output_hash"] = row.get("output_hash")
                 self._finish(span, _SPAN_STATUS.get(status, "ok"), error)
             else:
                 self._finish(span, "interrupted" if status == "waiting" else "cancelled", None)
@@ -311,7 +311,7 @@ class RunTrace:
         opened = self._make(kind, name, parent, path, started, columns)
         self._guarded(self._begin, opened, input, attributes or {})
         if kind == "node":
-            self._tell(StepStarted(self.id, opened.row["node"], opened.row.get("step", 0), opened.path))
+            self._tell(StepStarted(self.run_id, opened.row["node"], opened.row.get("step", 0), opened.path))
         return opened
 
     def _make(
@@ -332,7 +332,7 @@ class RunTrace:
             "t": "span",
             "ns": wall_ns,
             "id": self.tracer.ids.new("sp"),
-            "run_id": self.id,
+            "run_id": self.run_id,
             "parent_id": parent,
             "seq": number,
             "kind": kind,
@@ -358,7 +358,7 @@ class RunTrace:
         if tags or attributes:
             opened.set(**tags, **attributes)
         if payload is not _NOTHING and payload is not None:
-            opened.row["input"] = self.tracer.payload(payload, events)
+            opened.row["input_hash"] = self.tracer.payload(payload, events)
         with self._lock:
             self._open[opened.id] = opened
         self._write([*events, opened.row])
@@ -392,7 +392,7 @@ class RunTrace:
             row = closing.row
             detail = row.get("error") or row.get("attributes", {}).get("route") or ""
             milliseconds = row.get("duration_ns", 0) / 1e6
-            self._tell(StepEnded(self.id, row["node"], row.get("step", 0), status, milliseconds, _line(str(detail))))
+            self._tell(StepEnded(self.run_id, row["node"], row.get("step", 0), status, milliseconds, _line(str(detail))))
 
     def _finish(
         self,
@@ -419,13 +419,13 @@ class RunTrace:
     def _conclude(self, closing: Span, output: Any) -> None:
         events: list[Event] = []
         if output is not _NOTHING and output is not None:
-            closing.row["output"] = self.tracer.payload(output, events)
+            closing.row["output_hash"] = self.tracer.payload(output, events)
         self._write([*events, closing.row])
 
     def token(self, text: str, node: str | None) -> None:
         """Passes a piece of a model's output on to those who listen; it is not recorded by itself."""
         if text and self._listeners:
-            self._tell(Token(self.id, node or "", text))
+            self._tell(Token(self.run_id, node or "", text))
 
     def _tell(self, event: LiveEvent) -> None:
         for listener in self._listeners:
@@ -538,6 +538,12 @@ class Tracer:
         self.journal.close()
         if self.drainer is not None:
             self.drainer.finish()
+
+    def flush(self) -> bool:
+        """Drains now, waiting for the store at most `record.lock_timeout_s`; False when it did not take the events."""
+        if self.drainer is None:
+            return False
+        return self.drainer.attempt(timeout_s=self.settings.record.lock_timeout_s)
 
     def fault(self) -> None:
         with self._lock:
