@@ -9,6 +9,7 @@ The handler runs inline, so events come in order and in the context of what they
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -300,7 +301,8 @@ def _route(output: Any) -> str:
     """Where a router sends: node names, in order."""
     choices = output if isinstance(output, list | tuple) else [output]
     names = [choice.node if isinstance(choice, Send) else choice for choice in choices]
-    return ", ".join(str(name) for name in names if isinstance(name, str))
+    counts = Counter(str(name) for name in names if isinstance(name, str))
+    return ", ".join(name if times == 1 else f"{name} x {times}" for name, times in counts.items())
 
 
 def _usage(message: Any) -> Usage | None:

@@ -1,0 +1,242 @@
+"""Text for a terminal: what is safe to print, times and counts for people, and a run as a tree with its waterfall.
+
+`clean` comes before everything that a model, a document, a tool or a user wrote. Nothing here reads files or the record,
+and rich is only loaded by what draws.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from agentops.records import Usage
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from agentops.store import RunRow, SpanRow
+
+_SEQUENCES = re.compile(
+    r"(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # OSC: titles, the clipboard, links
+    r"|(?:\x1b[PX^_]|[\x90\x98\x9e\x9f])[^\x1b\x9c]*(?:\x1b\\|\x9c)"  # DCS, SOS, PM, APC
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, the cursor
+    r"|\x1b[ -/]*[0-~]"
+)
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidirectional controls: text that reads otherwise than it is
+    "\u2028\u2029\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def clean(text: str) -> str:
+    """The text without anything a terminal would obey or reorder by; newlines and tabs stay. Lone surrogates become �."""
+    return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", _SEQUENCES.sub("", text)))
+
+
+def one_line(text: str, width: int) -> str:
+    """Cleaned, white space made single, cut to `width` characters with an ellipsis."""
+    flat = " ".join(clean(text[: width * 8]).split())
+    return flat if len(flat) <= width else flat[: max(0, width - 1)] + "…"
+
+
+def duration(ns: int | None) -> str:
+    """`0.4 ms`, `340 ms`, `1.24 s`, `2 m 05 s`, `3 h 07 m`; a dash for what has not ended."""
+    if ns is None:
+        return "-"
+    seconds = ns / 1e9
+    if seconds < 0.01:
+        return f"{seconds * 1000:.1f} ms"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.2f} s"
+    minutes = round(seconds) // 60
+    return f"{minutes} m {round(seconds) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
+
+
+def moment(ns: int) -> str:
+    """Local date and time to the second."""
+    return datetime.fromtimestamp(ns / 1e9).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def count(number: int) -> str:
+    """`812`, `12.3k`, `4.5M`."""
+    if number < 10_000:
+        return str(number)
+    return f"{number / 1000:.1f}k" if number < 1_000_000 else f"{number / 1_000_000:.1f}M"
+
+
+def tokens(usage: Usage) -> str:
+    """`input/cached/output`, empty when there are none."""
+    if not usage.input_tokens and not usage.output_tokens:
+        return ""
+    return f"{count(usage.input_tokens)}/{count(usage.cached_tokens)}/{count(usage.output_tokens)}"
+
+
+_MARKS = {"error": "✗", "interrupted": "⏸", "cancelled": "■", "crashed": "✗", "open": "…"}
+_COLOURS = {"error": "red", "crashed": "red", "interrupted": "yellow", "cancelled": "yellow", "open": "cyan"}
+_KINDS = {"generation": "magenta", "retrieval": "blue", "tool": "green", "workflow": "bold", "agent": "bold"}
+STATUS_COLOURS = {
+    "done": "green",
+    "running": "cyan",
+    "waiting": "yellow",
+    "cancelled": "yellow",
+    "failed": "red",
+    "crashed": "red",
+}
+_TOKEN_CELLS = 16
+_TIME_CELLS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    number: int
+    lead: str
+    span: SpanRow
+    usage: Usage
+
+
+def trace_tree(spans: Sequence[SpanRow], width: int, now_ns: int | None = None) -> list[Text]:
+    """One line a span: its number, the tree, tokens (with those of everything below), time, and its bar.
+
+    Bars share one scale below each workflow span. `now_ns` ends the bars of spans that are still open.
+    """
+    from rich.text import Text
+
+    width = max(80, width)
+    number_cells = len(str(len(spans))) + 1
+    bar_cells = max(14, (width - 52) // 3)
+    label_cells = width - number_cells - _TOKEN_CELLS - _TIME_CELLS - bar_cells - 4
+    head = f"{'':{number_cells}} {'span':{label_cells}} {'in/cached/out':>{_TOKEN_CELLS}} {'time':>{_TIME_CELLS}}"
+    lines = [Text(head, style="dim")]
+    edges = {root: _edges(group, now_ns) for root, group in _grouped(spans).items()}
+    for line in _walk(spans):
+        span = line.span
+        text = Text(f"{line.number:>{number_cells}} ", style="dim")
+        label = Text(line.lead, style="dim", end="")
+        label.append_text(_label(span))
+        label.truncate(label_cells, overflow="ellipsis", pad=True)
+        text.append_text(label)
+        text.append(f" {tokens(line.usage):>{_TOKEN_CELLS}} {duration(span.duration_ns):>{_TIME_CELLS}} ")
+        start_ns, end_ns = edges[span.root_id]
+        colour = _COLOURS.get(span.status) or _KINDS.get(span.kind, "").replace("bold", "") or "white"
+        text.append(_bar(span, start_ns, end_ns, bar_cells), style=colour)
+        text.rstrip()
+        lines.append(text)
+    return lines
+
+
+def _label(span: SpanRow) -> Text:
+    from rich.text import Text
+
+    label = Text()
+    if mark := _MARKS.get(span.status):
+        label.append(f"{mark} ", style=_COLOURS[span.status])
+    label.append(one_line(span.name, 60), style=_KINDS.get(span.kind, ""))
+    if span.kind != "node":
+        label.append(f" {span.kind}", style="dim")
+    for note in _notes(span):
+        label.append(f"  {one_line(note, 100)}", style="red" if note == span.error else "dim")
+    return label
+
+
+def _notes(span: SpanRow) -> Iterator[str]:
+    if span.attempt and span.attempt > 1:
+        yield f"attempt {span.attempt}"
+    if span.prompt_name:
+        yield span.prompt_name
+    if span.kind == "retrieval" and "hits" in span.attributes:
+        yield f"{span.attributes['hits']} hits"
+    if route := span.attributes.get("route"):
+        yield f"→ {route}"
+    if span.status in ("crashed", "cancelled", "interrupted"):
+        yield span.status
+    if span.error:
+        yield span.error
+
+
+def _grouped(spans: Sequence[SpanRow]) -> dict[str, list[SpanRow]]:
+    groups: dict[str, list[SpanRow]] = {}
+    for span in spans:
+        groups.setdefault(span.root_id, []).append(span)
+    return groups
+
+
+def _edges(group: Sequence[SpanRow], now_ns: int | None) -> tuple[int, int]:
+    start_ns = min(span.start_ns for span in group)
+    end_ns = max(span.start_ns + (span.duration_ns or 0) for span in group)
+    if now_ns is not None and any(span.status == "open" for span in group):
+        end_ns = max(end_ns, now_ns)
+    return start_ns, max(end_ns, start_ns + 1)
+
+
+def _bar(span: SpanRow, start_ns: int, end_ns: int, cells: int) -> str:
+    scale = cells / (end_ns - start_ns)
+    left = min(cells - 1, int((span.start_ns - start_ns) * scale))
+    stop_ns = end_ns if span.duration_ns is None else span.start_ns + span.duration_ns
+    length = max(1, min(cells - left, round((stop_ns - start_ns) * scale) - left))
+    return " " * left + ("┄" if span.duration_ns is None else "━") * length
+
+
+def _walk(spans: Sequence[SpanRow]) -> Iterator[_Line]:
+    """Depth first without recursion: a trace may be deeper than Python's stack. Orphans of a damaged record come last."""
+    numbers = {span.id: number for number, span in enumerate(spans, 1)}
+    children: dict[str | None, list[SpanRow]] = {}
+    for span in spans:
+        above = span.parent_id if span.parent_id in numbers and span.parent_id != span.id else None
+        children.setdefault(above, []).append(span)
+    sums = _sums(spans, children)
+    stack = [(span, "", "") for span in reversed(children.get(None, []))]
+    while stack:
+        span, lead, below = stack.pop()
+        yield _Line(numbers[span.id], lead, span, sums[span.id])
+        inner = children.get(span.id, [])
+        for index, child in reversed(list(enumerate(inner))):
+            last = index == len(inner) - 1
+            stack.append((child, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  ")))
+
+
+def _sums(spans: Sequence[SpanRow], children: dict[str | None, list[SpanRow]]) -> dict[str, Usage]:
+    order: list[SpanRow] = []
+    stack = list(children.get(None, []))
+    while stack:
+        span = stack.pop()
+        order.append(span)
+        stack += children.get(span.id, [])
+    sums: dict[str, Usage] = {span.id: Usage() for span in spans}
+    for span in reversed(order):
+        below = sum((sums[child.id] for child in children.get(span.id, [])), Usage())
+        sums[span.id] = below + span.usage if span.kind == "generation" else below
+    return sums
+
+
+def run_header(run: RunRow) -> list[Text]:
+    """Status, graph, thread, time, tokens and error of a run, a line each."""
+    from rich.text import Text
+
+    first = Text("run ", style="dim")
+    first.append(run.id, style="bold")
+    first.append(f"  {run.status}", style=STATUS_COLOURS.get(run.status, ""))
+    usage = run.usage
+    spent = f"{usage.computed_tokens:,} computed + {usage.cached_tokens:,} cached = {usage.input_tokens:,} input, "
+    rows = [
+        ("graph", run.graph),
+        ("thread", run.thread_id),
+        ("started", f"{moment(run.started_ns)}  took {duration(run.duration_ns)}"),
+        ("tokens", spent + f"{usage.output_tokens:,} output"),
+    ]
+    if usage.trimmed_tokens:
+        rows.append(("trimmed", f"{usage.trimmed_tokens:,} tokens were cut from prompts"))
+    lines = [first]
+    for name, value in rows:
+        line = Text(f"{name:8} ", style="dim")
+        line.append(clean(value), style="default")
+        lines.append(line)
+    if run.error:
+        lines.append(Text.assemble((f"{'error':8} ", "dim"), (clean(run.error), "red")))
+    return lines
