@@ -258,8 +258,8 @@ def _store(settings: Settings) -> Iterator[Finding]:
     if low <= sqlite3.sqlite_version_info <= high:
         # https://sqlite.org/wal.html, "the WAL-reset bug"
         linked += (
-            f" is in the range {'.'.join(map(str, low))} to {'.'.join(map(str, high))} that can damage a file when two connections"
-            " write at once; here it cannot, because writers of the record take turns behind a file lock"
+            f" is in the range {'.'.join(map(str, low))} to {'.'.join(map(str, high))}, which can damage a file when two"
+            " connections write at once; here it cannot, because writers of the record take turns behind a file lock"
         )
     yield Finding("sqlite", "ok", linked)
     path = database_path(settings)
