@@ -7,10 +7,14 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("agentops", "graphs", "evals", "tui")
@@ -120,6 +124,31 @@ def dangers(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
                 if keyword.arg in FORBIDDEN_ARGUMENTS and value is FORBIDDEN_ARGUMENTS[keyword.arg]:
                     yield node.lineno, f"{keyword.arg}={value}"
+
+
+def third_party_imports() -> dict[str, str]:
+    """Where each third-party top-level module is first imported, under `if TYPE_CHECKING` and in functions included."""
+    found: dict[str, str] = {}
+    for path in sources(*PACKAGES):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            for name in names:
+                found.setdefault(name.partition(".")[0], f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}")
+    return {name: place for name, place in found.items() if name not in sys.stdlib_module_names and name not in PACKAGES}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = [line for name, lines in project["optional-dependencies"].items() if name != "all" for line in lines]
+    required = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    declared = required | {canonicalize_name(Requirement(line).name) for line in optional}
+    providers = metadata.packages_distributions()
+    imported = {name: {canonicalize_name(provider) for provider in providers.get(name, [name])} for name in third_party_imports()}
+    undeclared = {name: third_party_imports()[name] for name, by in imported.items() if not by & declared}
+    assert not undeclared
+    assert not required - set().union(*imported.values())
 
 
 def test_no_construct_that_could_run_what_was_only_to_be_read() -> None:
