@@ -263,6 +263,14 @@ class RunResult:
 
 
 @dataclass(frozen=True, slots=True)
+class RunStarted:
+    """The run is on record and about to begin."""
+
+    run_id: str
+    thread_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepStarted:
     """A node begins. `path` names enclosing subgraphs, outermost first."""
 
@@ -293,5 +301,5 @@ class Token:
     text: str
 
 
-RunEvent = StepStarted | StepEnded | Token | RunResult
-"""What `Runtime.stream` yields; the `RunResult` is the last."""
+RunEvent = RunStarted | StepStarted | StepEnded | Token | RunResult
+"""What `Runtime.stream` yields: `RunStarted` first, the `RunResult` last."""

@@ -1,7 +1,190 @@
+"""`agentops run`, `resume` and `graphs`: starts graphs and shows them at work."""
+
 from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agentops.errors import RunCancelled, UsageError
+
+if TYPE_CHECKING:
+    from agentops.records import RunEvent, RunResult
+
 
 def register(app: typer.Typer) -> None:
-    pass
+    app.command("run")(run)
+    app.command("resume")(resume)
+    app.command("graphs")(graphs)
+
+
+def run(
+    graph: Annotated[str, typer.Argument(help="A graph's name (see: agentops graphs) or path/to/file.py:attribute.")],
+    text: Annotated[
+        str | None, typer.Argument(metavar="[INPUT]", help="The question, or a JSON object; '-' reads standard input.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--input", help="Read the input from a file instead.")] = None,
+    collection: Annotated[str | None, typer.Option("--collection", "-c", help="Collection of documents to search.")] = None,
+    thread: Annotated[
+        str | None, typer.Option("--thread", "-t", help="Go on with this conversation, or begin it under this name.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Catalogue name, local folder or hub id.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    trim: Annotated[bool, typer.Option("--trim", help="Cut the oldest part of a prompt that does not fit the context.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer and its sources.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Run a graph: steps and tokens as they come, then the answer, its sources and what it cost."""
+    given = _read_input(text, file)
+    flags = {
+        "model.name": model,
+        "engine.device": device,
+        "run.seed": seed,
+        "run.trim": trim or None,
+    }
+    with _runtime(flags) as runtime:
+        _show(lambda: runtime.stream(graph, given, thread=thread, collection=collection), quiet=quiet, as_json=as_json)
+
+
+def resume(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, a unique beginning of it, or 'last'.")],
+    answer: Annotated[str | None, typer.Option("--answer", help="Answer to the question that the run waits for.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Catalogue name, local folder or hub id.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer and its sources.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Go on with a run that crashed, failed, was cancelled or waits, from its last checkpoint."""
+    with _runtime({"model.name": model}) as runtime:
+        _show(lambda: runtime.stream_resume(run_id, answer=answer), quiet=quiet, as_json=as_json)
+
+
+def graphs(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
+    """List the graphs that come with the package."""
+    import ast
+    import importlib.util
+
+    from agentops.graph import own_graphs
+
+    found = []
+    for name in own_graphs():
+        spec = importlib.util.find_spec(f"graphs.{name}")
+        about = ast.get_docstring(ast.parse(Path(str(spec and spec.origin)).read_text(encoding="utf-8"))) or ""
+        found.append({"name": name, "about": about.splitlines()[0] if about else ""})
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for entry in found:
+        print(f"{entry['name']:12} {entry['about']}")
+
+
+def _read_input(text: str | None, file: Path | None) -> str:
+    if (text is None) == (file is None):
+        raise UsageError(
+            "give the input as an argument or with --input, not both and not neither", hint="agentops run rag 'a question'"
+        )
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the input cannot be read from {file}: {error}", hint="it must be a UTF-8 text file") from error
+    return sys.stdin.read() if text == "-" else str(text)
+
+
+@contextlib.contextmanager
+def _runtime(flags: dict[str, Any]) -> Iterator[Any]:
+    from agentops.runtime import Runtime
+    from agentops.settings import load_settings
+
+    with Runtime(load_settings(flags), notice=lambda line: print(f"· {line}", file=sys.stderr)) as runtime:
+        yield runtime
+
+
+def _show(start: Callable[[], Iterator[RunEvent]], *, quiet: bool, as_json: bool) -> None:
+    from agentops.cli.render import clean
+    from agentops.records import RunResult, RunStarted, StepEnded, StepStarted, Token
+
+    silent = quiet or as_json
+    run_id = ""
+    open_line = False
+
+    def say(text: str, end: str = "\n") -> None:
+        if not silent:
+            print(text, end=end, file=sys.stderr, flush=True)
+
+    try:
+        for event in start():
+            if isinstance(event, RunStarted):
+                run_id = event.run_id
+            elif isinstance(event, StepStarted):
+                say(("\n" if open_line else "") + f"▸ {clean(' / '.join((*event.path, event.node)))}")
+                open_line = False
+            elif isinstance(event, Token):
+                say(("" if open_line else "  ") + clean(event.text), end="")
+                open_line = True
+            elif isinstance(event, StepEnded):
+                say(("\n" if open_line else "") + _ended(event))
+                open_line = False
+            elif isinstance(event, RunResult):
+                _print_json(event) if as_json else _print_result(event, quiet=quiet)
+    except KeyboardInterrupt:
+        raise RunCancelled(f"run {run_id} was cancelled" if run_id else "cancelled before the run began", run_id=run_id) from None
+
+
+def _ended(event: Any) -> str:
+    mark = {"ok": "✓", "interrupted": "⏸", "cancelled": "■"}.get(event.status, "✗")
+    detail = f"  {event.detail}" if event.detail else ""
+    return f"  {mark} {event.duration_ms / 1000:.1f} s{detail}"
+
+
+def _print_json(result: RunResult) -> None:
+    from agentops.tracer import to_plain
+
+    print(
+        json.dumps(to_plain(dataclasses.asdict(dataclasses.replace(result, output=to_plain(result.output)))), ensure_ascii=False)
+    )
+
+
+def _print_result(result: RunResult, *, quiet: bool) -> None:
+    from agentops.cli.render import clean
+
+    output = result.output if isinstance(result.output, dict) else {"output": result.output}
+    if not quiet:
+        print(file=sys.stderr)
+    if result.status == "waiting":
+        for question in result.interrupts:
+            print(clean(f"waiting for an answer: {getattr(question, 'value', question)}"))
+    elif result.status == "done":
+        print(clean(_answer(output)))
+        sources = output.get("sources") or []
+        if sources:
+            print()
+        for source in sources:
+            place = " > ".join(str(part) for part in (source.get("source"), source.get("heading")) if part)
+            print(clean(f"[{source.get('n')}] {place}"))
+    if not quiet:
+        usage = result.usage
+        print(
+            f"\nrun {result.run_id} · thread {result.thread_id} · {result.status} · "
+            f"{usage.computed_tokens:,} tokens computed, {usage.cached_tokens:,} cached, {usage.output_tokens:,} output · "
+            f"{result.duration_ms / 1000:.1f} s",
+            file=sys.stderr,
+        )
+
+
+def _answer(output: dict[str, Any]) -> str:
+    if isinstance(output.get("answer"), str):
+        return str(output["answer"])
+    messages = output.get("messages")
+    if messages:
+        last = messages[-1]
+        return str(last["content"] if isinstance(last, dict) else getattr(last, "content", last))
+    from agentops.tracer import to_plain
+
+    return json.dumps(to_plain(output), ensure_ascii=False, indent=2)

@@ -1,0 +1,437 @@
+"""The runtime: the only place that builds and wires everything, and the verbs on runs.
+
+A run is one invocation of a graph on a thread. It is on record before it starts, holds the lease of its thread while it
+works, writes a checkpoint after every superstep before going on, and ends with a status. What the runtime opens (model,
+index, record) it opens when it is first needed and closes in `close`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from agentops.checkpoint import check_thread_id, lease, open_checkpointer
+from agentops.clock import Clock, Ids, SystemClock, UlidSource
+from agentops.engine import Engine
+from agentops.errors import AgentOpsError, NodeFailed, RunCancelled, RunNotFound, ThreadBusy, UsageError
+from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
+from agentops.records import RunEvent, RunResult, RunStarted, RunStatus
+from agentops.retrieval import Embedder, Index
+from agentops.settings import Settings, load_settings
+from agentops.store import RunRow, open_store
+from agentops.sync import iterate_sync, run_sync
+from agentops.tracer import RunTrace, TracedEngine, TracedRetriever, catch_up, open_tracer
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel
+
+Notice = Callable[[str], None]
+"""Told in one line what is being prepared, where it takes long."""
+
+
+def open_engine(settings: Settings, notice: Notice | None = None) -> Engine:
+    """The engine that the settings name, its model prepared first where needed.
+
+    Raises:
+        ModelError
+    """
+    from agentops.engine.local import open_engine as open_local
+    from agentops.engine.models import prepare
+
+    folder = prepare(settings.model.name, settings)
+    if notice:
+        notice(f"loading {settings.model.name}")
+    return open_local(folder, settings, settings.model.name)
+
+
+def open_embedder(settings: Settings) -> Embedder:
+    """The embedder that the settings name, prepared first where needed.
+
+    Raises:
+        ModelError
+    """
+    from agentops.engine.models import prepare
+    from agentops.retrieval.embed import open_embedder as open_encoder
+
+    return open_encoder(prepare(settings.retrieval.embedder, settings), settings.engine.threads)
+
+
+def open_index(settings: Settings, embedder: Embedder | Callable[[], Embedder] | None = None) -> Index:
+    """The embedded index below the settings' home. Its embedder is opened when first needed."""
+    from agentops.retrieval.embedded import open_index as open_embedded
+
+    return open_embedded(settings.paths.home / "index", embedder or (lambda: open_embedder(settings)))
+
+
+class Runtime:
+    """Runs graphs and keeps the record. Safe to use from several threads and event loops.
+
+    Every verb has an asynchronous form (`arun`, `astream`, `aresume`) and a synchronous one (`run`, `stream`, `resume`).
+    Parts given to the constructor (`engine`, `index`, `embedder`) are the caller's to close.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        engine: Engine | None = None,
+        index: Index | None = None,
+        embedder: Embedder | None = None,
+        clock: Clock | None = None,
+        ids: Ids | None = None,
+        notice: Notice | None = None,
+    ) -> None:
+        self.settings = settings or load_settings()
+        self._clock = clock or SystemClock()
+        self._ids = ids or UlidSource(self._clock)
+        self._notice = notice
+        self._tracer = open_tracer(self.settings, clock=self._clock, ids=self._ids)
+        self._lock = threading.RLock()
+        self._own_engine: Engine | None = None
+        self._own_index: Index | None = None
+        self._engine = TracedEngine(engine, self._tracer) if engine else None
+        self._index = index
+        self._embedder = embedder
+        self._closed = False
+
+    # -- parts, opened when first needed
+
+    @property
+    def engine(self) -> Engine:
+        """The model engine; every call is recorded when it happens inside a run."""
+        with self._lock:
+            if self._engine is None:
+                self._own_engine = open_engine(self.settings, self._notice)
+                self._engine = TracedEngine(self._own_engine, self._tracer)
+            return self._engine
+
+    @property
+    def embedder(self) -> Embedder:
+        with self._lock:
+            if self._embedder is None:
+                self._embedder = open_embedder(self.settings)
+            return self._embedder
+
+    @property
+    def index(self) -> Index:
+        """The document index, for reading and writing."""
+        with self._lock:
+            if self._index is None:
+                self._index = self._own_index = open_index(self.settings, lambda: self.embedder)
+            return self._index
+
+    @property
+    def chat_model(self) -> BaseChatModel:
+        """The engine as a LangChain chat model, for graphs that know LangChain only."""
+        from agentops.engine.chat import EngineChatModel
+
+        return EngineChatModel(engine=self.engine)
+
+    # -- verbs
+
+    async def arun(
+        self,
+        graph: Any,
+        input: Any,
+        *,
+        thread: str | None = None,
+        collection: str | None = None,
+    ) -> RunResult:
+        """Runs a graph to its end or to its next question to a person.
+
+        `graph` is a name, `file.py:attribute`, or a LangGraph graph object. `input` is what the graph takes; a string is
+        put where the graph expects text. `thread` goes on with a conversation; without it a new one begins.
+
+        Raises:
+            NodeFailed: a node raised; the cause is chained. An `AgentOpsError` out of a node is raised as it is.
+            ThreadBusy, GraphError, UsageError
+        """
+        return await self._finish(self._start(self._load(graph), input, thread, collection))
+
+    async def astream(
+        self,
+        graph: Any,
+        input: Any,
+        *,
+        thread: str | None = None,
+        collection: str | None = None,
+    ) -> AsyncIterator[RunEvent]:
+        """Like `arun`, but yields what happens while it happens. Leaving the iterator early cancels the run."""
+        async with contextlib.aclosing(self._start(self._load(graph), input, thread, collection)) as events:
+            async for event in events:
+                yield event
+
+    async def aresume(self, run_id: str, *, answer: Any = None, graph: Any = None) -> RunResult:
+        """Goes on with a run that crashed, failed, was cancelled or waits, from its last checkpoint.
+
+        `answer` is given to the interrupt of a waiting run. `graph` is needed where the run was of a graph object.
+
+        Raises:
+            RunNotFound, UsageError: it is done, or waits for an answer that was not given.  ThreadBusy: it still runs.
+        """
+        return await self._finish(self._again(run_id, answer, graph))
+
+    async def astream_resume(self, run_id: str, *, answer: Any = None, graph: Any = None) -> AsyncIterator[RunEvent]:
+        """Like `aresume`, but yields what happens while it happens."""
+        async with contextlib.aclosing(self._again(run_id, answer, graph)) as events:
+            async for event in events:
+                yield event
+
+    def run(
+        self,
+        graph: Any,
+        input: Any,
+        *,
+        thread: str | None = None,
+        collection: str | None = None,
+    ) -> RunResult:
+        """`arun` for callers without an event loop."""
+        return run_sync(self.arun(graph, input, thread=thread, collection=collection))
+
+    def stream(
+        self,
+        graph: Any,
+        input: Any,
+        *,
+        thread: str | None = None,
+        collection: str | None = None,
+    ) -> Iterator[RunEvent]:
+        """`astream` for callers without an event loop."""
+        return iterate_sync(self.astream(graph, input, thread=thread, collection=collection))
+
+    def resume(self, run_id: str, *, answer: Any = None, graph: Any = None) -> RunResult:
+        """`aresume` for callers without an event loop."""
+        return run_sync(self.aresume(run_id, answer=answer, graph=graph))
+
+    def stream_resume(self, run_id: str, *, answer: Any = None, graph: Any = None) -> Iterator[RunEvent]:
+        """`astream_resume` for callers without an event loop."""
+        return iterate_sync(self.astream_resume(run_id, answer=answer, graph=graph))
+
+    async def aclose(self) -> None:
+        """Closes what the runtime opened, the record last. Closing twice is harmless."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if closed:
+            return
+        if self._own_engine is not None:
+            await self._own_engine.close()
+        if self._own_index is not None:
+            self._own_index.close()
+        await asyncio.to_thread(self._tracer.close)
+
+    def close(self) -> None:
+        run_sync(self.aclose())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    # -- one run
+
+    def _load(self, graph: Any) -> LoadedGraph:
+        if isinstance(graph, LoadedGraph):
+            return graph
+        return load_graph(graph) if isinstance(graph, str) else adopt_graph(graph)
+
+    def _start(
+        self, graph: LoadedGraph, input: Any, thread: str | None, collection: str | None
+    ) -> AsyncGenerator[RunEvent, None]:
+        if isinstance(input, str):
+            input = graph.as_input(input)  # noqa: A001
+        thread_id = check_thread_id(thread) if thread else self._ids.new("th")
+        details = {"collection": collection or self.settings.retrieval.collection}
+        return self._go(graph, input, self._ids.new("run"), thread_id, details, resumed=False)
+
+    async def _again(self, run_id: str, answer: Any, graph: Any) -> AsyncGenerator[RunEvent, None]:
+        row = await asyncio.to_thread(self._find, run_id)
+        if row.status == "done":
+            raise UsageError(f"run {row.id} is done; there is nothing to resume", hint=f"see it with: agentops show {row.id}")
+        if row.status in ("running", "queued"):
+            raise ThreadBusy(f"run {row.id} is still running", hint="stop it first, or wait for its end")
+        if row.status == "waiting" and answer is None:
+            raise UsageError(f"run {row.id} waits for an answer", hint="give one with --answer")
+        if graph is None and row.graph.startswith("python:"):
+            raise UsageError(
+                f"run {row.id} is of a graph object made in Python", hint="resume it there: runtime.resume(run, graph=graph)"
+            )
+        loaded = self._load(graph if graph is not None else row.graph)
+        given = await asyncio.to_thread(self._payload, row)
+        if row.status == "waiting":
+            from langgraph.types import Command
+
+            given = Command(resume=answer)
+        async with contextlib.aclosing(
+            self._go(loaded, given, row.id, row.thread_id, dict(row.settings), resumed=True)
+        ) as events:
+            async for event in events:
+                yield event
+
+    def _find(self, run_id: str) -> RunRow:
+        self._tracer.flush()
+        catch_up(self.settings)
+        with open_store(self.settings) as store:
+            return store.run(run_id)
+
+    def _payload(self, row: RunRow) -> Any:
+        with open_store(self.settings) as store:
+            return store.payload(row.input_hash) if row.input_hash else None
+
+    async def _finish(self, events: AsyncGenerator[RunEvent, None]) -> RunResult:
+        result: RunResult | None = None
+        async with contextlib.aclosing(events):
+            async for event in events:
+                if isinstance(event, RunResult):
+                    result = event
+        if result is None:
+            raise RuntimeError("a run ended without a result")
+        return result
+
+    async def _go(
+        self,
+        graph: LoadedGraph,
+        input: Any,
+        run_id: str,
+        thread_id: str,
+        details: dict[str, Any],
+        *,
+        resumed: bool,
+    ) -> AsyncGenerator[RunEvent, None]:
+        with lease(self.settings, thread_id):
+            context = await asyncio.to_thread(self._context, graph, details) if graph.uses_context else None
+            trace = self._tracer.start_run(
+                run_id=run_id, thread_id=thread_id, graph=graph.reference, input=input, settings=details, resumed=resumed
+            )
+            loop = asyncio.get_running_loop()
+            queue: asyncio.Queue[RunEvent | None] = asyncio.Queue()
+            trace.listen(lambda event: _hand_over(loop, queue, event))
+            work = asyncio.create_task(self._work(graph, input, trace, thread_id, context, resumed=resumed))
+            work.add_done_callback(lambda _: queue.put_nowait(None))
+            try:
+                yield RunStarted(run_id, thread_id)
+                while (event := await queue.get()) is not None:
+                    yield event
+                result, cause = await work
+            except (asyncio.CancelledError, GeneratorExit):
+                work.cancel()
+                await asyncio.wait([work])
+                raise
+            yield result
+            if cause is not None:
+                raise cause
+
+    async def _work(
+        self,
+        graph: LoadedGraph,
+        input: Any,
+        trace: RunTrace,
+        thread_id: str,
+        context: Context | None,
+        *,
+        resumed: bool,
+    ) -> tuple[RunResult, Exception | None]:
+        started = self._clock.monotonic_ns()
+
+        def ended(
+            status: RunStatus, output: Any, error: BaseException | None = None, interrupts: tuple[Any, ...] = ()
+        ) -> RunResult:
+            trace.end(status, output=output, error=error)
+            took = (self._clock.monotonic_ns() - started) / 1e6
+            said = f"{type(error).__name__}: {error}" if error is not None else None
+            return RunResult(trace.run_id, thread_id, status, output, trace.usage, took, said, interrupts)
+
+        try:
+            output = await self._invoke(graph, input, trace, thread_id, context, resumed=resumed)
+        except asyncio.CancelledError as error:
+            ended("cancelled", None, error)
+            raise
+        except AgentOpsError as error:
+            return ended("failed", None, error), error
+        except Exception as error:
+            node = _failed_node(error)
+            failed = NodeFailed(f"{node or graph.name}: {type(error).__name__}: {error}", run_id=trace.run_id, node=node)
+            if type(error).__name__ == "GraphRecursionError":
+                failed.hint = (
+                    f"the graph took {self.settings.run.recursion_limit} supersteps; raise run.recursion_limit or mend the loop"
+                )
+            failed.__cause__ = error
+            return ended("failed", None, error), failed
+        pending = output.get("__interrupt__") if isinstance(output, dict) else None
+        if pending:
+            visible = {key: value for key, value in output.items() if key != "__interrupt__"}
+            return ended("waiting", visible, interrupts=tuple(pending)), None
+        return ended("done", output), None
+
+    async def _invoke(
+        self,
+        graph: LoadedGraph,
+        input: Any,
+        trace: RunTrace,
+        thread_id: str,
+        context: Context | None,
+        *,
+        resumed: bool,
+    ) -> Any:
+        config: dict[str, Any] = {
+            "configurable": {"thread_id": thread_id},
+            "callbacks": [trace.handler],
+            "metadata": {"run_id": trace.run_id},
+            "recursion_limit": self.settings.run.recursion_limit,
+        }
+        from langgraph.types import Command
+
+        async with contextlib.AsyncExitStack() as opened:
+            compiled = graph.compiled
+            if not compiled.checkpointer:
+                saver = await opened.enter_async_context(open_checkpointer(self.settings, thread_id, graph.state_types))
+                compiled = compiled.copy({"checkpointer": saver})
+            if resumed:
+                # Where a checkpoint of this run exists, its state is the input: what is on record of the input is text.
+                state = await compiled.aget_state(cast(Any, config))
+                mine = (state.metadata or {}).get("run_id") == trace.run_id
+                if mine and not state.next:
+                    return state.values
+                if mine and not isinstance(input, Command):
+                    input = None  # noqa: A001
+            output = await compiled.ainvoke(input, cast(Any, config), context=cast(Any, context), durability="sync")
+            trace.check()
+            return output
+
+    def _context(self, graph: LoadedGraph, details: dict[str, Any]) -> Context:
+        return Context(
+            engine=self.engine,
+            retriever=TracedRetriever(self.index, self._tracer),
+            embedder=self.embedder,
+            prompts=graph.prompts,
+            collection=str(details["collection"]),
+            k=self.settings.retrieval.k,
+            seed=self.settings.run.seed,
+            trim=self.settings.run.trim,
+        )
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[RunEvent | None], event: RunEvent) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is gone, and with it whoever listened
+        loop.call_soon_threadsafe(queue.put_nowait, event)
+
+
+def _failed_node(error: BaseException) -> str | None:
+    """LangGraph tells where an error came from in a note: "During task with name 'write' and id '...'"."""
+    for note in getattr(error, "__notes__", ()):
+        if found := re.match(r"During task with name '([^']+)'", note):
+            return found[1]
+    return None
+
+
+__all__ = ["Notice", "RunCancelled", "RunNotFound", "Runtime", "open_embedder", "open_engine", "open_index"]

@@ -1,0 +1,156 @@
+"""Answers a question from a collection of documents, with citations, or says what it does not know.
+
+    rewrite -> retrieve -+-> write -> critic -+-> finish
+                         |     ^              |     ^
+                         |     +--- twice ----+     |
+                         +---- nothing relevant ----+
+
+The rewriter makes a follow-up question stand alone. The retriever finds passages and keeps the sentences that matter.
+The writer answers from them. The critic checks every sentence and sends the draft back at most twice: the writer then
+gets the best source alone, and after that has to quote it. A small model cannot be trusted to judge its own words, so
+relevance and support are measured (agentops.grounding), not asked for.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Annotated, Literal, TypedDict
+
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import Runtime
+
+from agentops import Context
+from agentops.grounding import coverage, numbers_missing
+from agentops.text import split_sentences
+
+EVIDENCE = 4
+"""Sentences that the writer is given at first."""
+RELEVANT = 1.4
+"""Least relevance of a sentence that can answer a question."""
+SUPPORTED = 0.75
+"""Least share of a sentence's content words that its source must have."""
+ON_TOPIC = 0.6
+"""Least relevance of an answer, as a share of the relevance of the best evidence."""
+RETURNS = 2
+"""How often the critic sends a draft back."""
+
+
+class Evidence(TypedDict):
+    """A sentence of a document. Sentences of one section share the number `n` by which they are cited."""
+
+    n: int
+    text: str
+    source: str
+    heading: str
+    relevance: float
+
+
+class Turn(TypedDict):
+    question: str
+    answer: str
+
+
+class State(TypedDict, total=False):
+    question: str
+    history: Annotated[list[Turn], operator.add]
+    query: str
+    evidence: list[Evidence]
+    draft: str
+    returns: int
+    feedback: str
+    verdict: Literal["supported", "unsupported", "unknown"]
+    answer: str
+    sources: list[dict[str, str | int]]
+
+
+async def rewrite(state: State, runtime: Runtime[Context]) -> State:
+    """A follow-up question becomes one that stands alone; a first question stays as it is."""
+    question = query = state["question"]
+    if history := state.get("history"):
+        before = history[-1]
+        made = await runtime.context.ask("rag_rewrite", max_tokens=48, stop=["\n"], follow_up=question, **before)
+        query = made.text.strip() if coverage(question, made.text) >= SUPPORTED else f"{before['question']} {question}"
+    return {"query": query, "evidence": [], "draft": "", "returns": 0, "feedback": "", "verdict": "unsupported"}
+
+
+async def retrieve(state: State, runtime: Runtime[Context]) -> State:
+    """The sentences of the retrieved passages that have most to do with the question, best first."""
+    hits = (await runtime.context.search(state["query"])).hits
+    places = [(hit.document.metadata, sentence) for hit in hits for sentence in split_sentences(hit.document.text)]
+    titled = [f"{about.get('heading') or about.get('title', '')}: {sentence}" for about, sentence in places]
+    ranked = await runtime.context.relevance(state["query"], titled, "rag_relevance")
+    numbers: dict[tuple[str, str], int] = {}
+    evidence: list[Evidence] = []
+    for found in ranked[:EVIDENCE]:
+        about, sentence = places[found.index]
+        source, heading = str(about.get("source", "")), str(about.get("heading", ""))
+        n = numbers.setdefault((source, heading), len(numbers) + 1)
+        evidence.append({"n": n, "text": sentence, "source": source, "heading": heading, "relevance": round(found.total, 3)})
+    relevant = bool(evidence) and evidence[0]["relevance"] >= RELEVANT
+    return {"evidence": evidence, "verdict": "unsupported" if relevant else "unknown"}
+
+
+async def write(state: State, runtime: Runtime[Context]) -> State:
+    """One sentence from the evidence; from the best source alone when the draft came back; its own words at last."""
+    evidence, returns = state["evidence"], state["returns"]
+    if returns == RETURNS:
+        return {"draft": evidence[0]["text"]}
+    text = "\n".join(one["text"] for one in (evidence[:1] if returns else evidence))
+    made = await runtime.context.ask("rag_write", max_tokens=64, stop=["\n"], text=text, question=state["query"])
+    return {"draft": " ".join(split_sentences(made.text)[:1])}
+
+
+async def critic(state: State, runtime: Runtime[Context]) -> State:
+    """Every sentence must be carried by a source and be about the question; what passes is cited."""
+    evidence, answer, cited = state["evidence"], [], []
+    for sentence in split_sentences(state["draft"]):
+        source = max(evidence, key=lambda one: (-len(numbers_missing(sentence, one["text"])), coverage(sentence, one["text"])))
+        if wrong := numbers_missing(sentence, source["text"]):
+            return _back(state, f"no source has the number {wrong[0]}: {sentence}")
+        if coverage(sentence, source["text"]) < SUPPORTED:
+            return _back(state, f"no source says this: {sentence}")
+        (about,) = await runtime.context.relevance(state["query"], [f"{source['heading']}: {sentence}"], "rag_relevance")
+        if about.total < ON_TOPIC * evidence[0]["relevance"]:
+            return _back(state, f"this does not answer the question: {sentence}")
+        answer.append(f"{sentence} [{source['n']}]")
+        cited.append(source)
+    if not answer:
+        return _back(state, "the draft is empty")
+    sources: dict[int, dict[str, str | int]] = {
+        one["n"]: {"n": one["n"], "source": one["source"], "heading": one["heading"]} for one in cited
+    }
+    return {"verdict": "supported", "answer": " ".join(answer), "sources": list(sources.values()), "feedback": ""}
+
+
+def _back(state: State, feedback: str) -> State:
+    returns = state["returns"] + 1
+    return {"verdict": "unsupported" if returns <= RETURNS else "unknown", "returns": returns, "feedback": feedback}
+
+
+async def finish(state: State, runtime: Runtime[Context]) -> State:
+    """The checked answer, or what is not known; either goes into the thread's history."""
+    done: State = {}
+    if state["verdict"] != "supported":
+        near = "; ".join(dict.fromkeys(one["heading"] or one["source"] for one in state["evidence"][:2]))
+        hint = f" The nearest they have is about: {near}." if near else ""
+        done = {"answer": f"I do not know: the documents do not answer “{state['query']}”.{hint}", "sources": []}
+    return {**done, "history": [{"question": state["query"], "answer": done.get("answer") or state["answer"]}]}
+
+
+def known(state: State) -> str:
+    return "finish" if state["verdict"] == "unknown" else "write"
+
+
+def checked(state: State) -> str:
+    return "write" if state["verdict"] == "unsupported" else "finish"
+
+
+graph = StateGraph(State, context_schema=Context)
+for agent in (rewrite, retrieve, write, critic, finish):
+    graph.add_node(agent.__name__, agent)
+graph.add_edge(START, "rewrite")
+graph.add_edge("rewrite", "retrieve")
+graph.add_conditional_edges("retrieve", known, ["write", "finish"])
+graph.add_edge("write", "critic")
+graph.add_conditional_edges("critic", checked, ["write", "finish"])
+graph.add_edge("finish", END)
