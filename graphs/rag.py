@@ -45,6 +45,14 @@ class Evidence(TypedDict):
     relevance: float
 
 
+class Source(TypedDict):
+    """What a citation `[n]` stands for."""
+
+    n: int
+    source: str
+    heading: str
+
+
 class Turn(TypedDict):
     question: str
     answer: str
@@ -60,7 +68,7 @@ class State(TypedDict, total=False):
     feedback: str
     verdict: Literal["supported", "unsupported", "unknown"]
     answer: str
-    sources: list[dict[str, str | int]]
+    sources: list[Source]
 
 
 async def rewrite(state: State, runtime: Runtime[Context]) -> State:
@@ -116,9 +124,7 @@ async def critic(state: State, runtime: Runtime[Context]) -> State:
         cited.append(source)
     if not answer:
         return _back(state, "the draft is empty")
-    sources: dict[int, dict[str, str | int]] = {
-        one["n"]: {"n": one["n"], "source": one["source"], "heading": one["heading"]} for one in cited
-    }
+    sources: dict[int, Source] = {one["n"]: {"n": one["n"], "source": one["source"], "heading": one["heading"]} for one in cited}
     return {"verdict": "supported", "answer": " ".join(answer), "sources": list(sources.values()), "feedback": ""}
 
 

@@ -12,7 +12,7 @@ import sys
 
 import typer
 
-from agentops.cli import documents, house, models, record, run
+from agentops.cli import demo, documents, house, models, record, run
 from agentops.errors import AgentOpsError
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (run, record, documents, models, house):
+for part in (run, record, documents, models, house, demo):
     part.register(app)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,7 +50,7 @@ def run(
         "run.trim": trim or None,
     }
     with _runtime(flags) as runtime:
-        _show(lambda: runtime.stream(graph, given, thread=thread, collection=collection), quiet=quiet, as_json=as_json)
+        follow(runtime.stream(graph, given, thread=thread, collection=collection), quiet=quiet, as_json=as_json)
 
 
 def resume(
@@ -62,7 +62,7 @@ def resume(
 ) -> None:
     """Go on with a run that crashed, failed, was cancelled or waits, from its last checkpoint."""
     with _runtime({"model.name": model}) as runtime:
-        _show(lambda: runtime.stream_resume(run_id, answer=answer), quiet=quiet, as_json=as_json)
+        follow(runtime.stream_resume(run_id, answer=answer), quiet=quiet, as_json=as_json)
 
 
 def graphs(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
@@ -106,20 +106,26 @@ def _runtime(flags: dict[str, Any]) -> Iterator[Any]:
         yield runtime
 
 
-def _show(start: Callable[[], Iterator[RunEvent]], *, quiet: bool, as_json: bool) -> None:
+def follow(events: Iterator[RunEvent], *, quiet: bool = False, as_json: bool = False) -> RunResult:
+    """Shows a run while it happens, and its result at the end.
+
+    Raises:
+        RunCancelled: Ctrl-C; the run is on record and can be resumed.
+    """
     from agentops.cli.render import clean
     from agentops.records import RunResult, RunStarted, StepEnded, StepStarted, Token
 
     silent = quiet or as_json
     run_id = ""
     open_line = False
+    result: RunResult | None = None
 
     def say(text: str, end: str = "\n") -> None:
         if not silent:
             print(text, end=end, file=sys.stderr, flush=True)
 
     try:
-        for event in start():
+        for event in events:
             if isinstance(event, RunStarted):
                 run_id = event.run_id
             elif isinstance(event, StepStarted):
@@ -132,9 +138,17 @@ def _show(start: Callable[[], Iterator[RunEvent]], *, quiet: bool, as_json: bool
                 say(("\n" if open_line else "") + _ended(event))
                 open_line = False
             elif isinstance(event, RunResult):
-                _print_json(event) if as_json else _print_result(event, quiet=quiet)
+                result = event
+                if as_json:
+                    _print_json(event)
+                else:
+                    _print_result(event, quiet=quiet)
     except KeyboardInterrupt:
-        raise RunCancelled(f"run {run_id} was cancelled" if run_id else "cancelled before the run began", run_id=run_id) from None
+        said = f"run {run_id} was cancelled" if run_id else "cancelled before the run began"
+        raise RunCancelled(said, run_id=run_id, hint="" if run_id else "nothing was recorded") from None
+    if result is None:
+        raise RuntimeError("a run ended without a result")
+    return result
 
 
 def _ended(event: Any) -> str:

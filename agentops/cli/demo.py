@@ -1,0 +1,77 @@
+"""`agentops demo`: the main job from beginning to end, on the project's own documentation."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agentops.errors import UsageError
+
+COLLECTION = "agentops-docs"
+QUESTIONS = (
+    "How many positions does a block of the KV cache hold?",
+    "What status does a run have when its process died?",
+    "Which Kafka topic receives the traces?",
+)
+"""Two whose answers are in the documentation, and one whose answer is not."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("demo")(demo)
+
+
+def demo(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Catalogue name, local folder or hub id.")] = None,
+) -> None:
+    """Prepare the model, read the documentation, ask three questions about it, and show how an answer came about."""
+    from agentops.cli.documents import ingest_paths
+    from agentops.cli.record import show_run
+    from agentops.cli.run import follow
+    from agentops.engine.models import prepare
+    from agentops.runtime import Runtime
+    from agentops.settings import load_settings
+
+    settings = load_settings({"model.name": model})
+    started = time.monotonic()
+    _head("1. The model and the embedder")
+    prepare(settings.model.name, settings)
+    prepare(settings.retrieval.embedder, settings)
+    with Runtime(settings) as runtime:
+        _head("2. The documents")
+        ingest_paths([docs_folder()], COLLECTION, runtime.index, settings)
+        runs = []
+        for number, question in enumerate(QUESTIONS, 3):
+            _head(f"{number}. {question}")
+            runs.append(follow(runtime.stream("rag", question, collection=COLLECTION)))
+    _head(f"{len(QUESTIONS) + 3}. How the first answer came about")
+    sys.stderr.flush()
+    show_run(runs[0].run_id, settings)
+    _head("Where to go next")
+    print(
+        f"""  agentops run rag "your question" -c {COLLECTION}       ask something else
+  agentops ingest PATH -c mine                      read documents of your own
+  agentops runs; agentops show last --messages      what is on record
+  agentops doctor                                   what this machine has"""
+    )
+    print(f"\n{time.monotonic() - started:.0f} s in all", file=sys.stderr)
+
+
+def docs_folder() -> Path:
+    """The documentation: packaged in an installed wheel, beside the packages in a checkout.
+
+    Raises:
+        UsageError: neither is there.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "docs", package.parent / "docs"):
+        if folder.is_dir():
+            return folder
+    raise UsageError("the documentation is not installed", hint="install the package again from its wheel or a full checkout")
+
+
+def _head(text: str) -> None:
+    print(f"\n\033[1m{text}\033[0m" if sys.stderr.isatty() else f"\n{text}", file=sys.stderr, flush=True)
