@@ -108,7 +108,6 @@ def embedder_folder(session_settings: Settings) -> Path:
 def engine(model_folder: Path, session_settings: Settings) -> Iterator[LocalEngine]:
     """The real engine with the default model, shared by the session: its KV cache is warm from earlier tests."""
     from agentops.engine.local import open_engine
-
     from agentops.sync import run_sync
 
     opened = open_engine(model_folder, session_settings)
