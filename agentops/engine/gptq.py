@@ -110,8 +110,13 @@ def dequantize(
             f"g_idx {tuple(g_idx.shape)}",
             hint="the checkpoint is damaged or its quantize_config names another group size; prepare or download it again",
         )
-    index = g_idx.to(torch.int64)
-    return (parts.codes.to(torch.float32) - parts.zeros.to(torch.float32)[:, index]) * parts.scales[:, index]
+    return dequantize_codes(parts, g_idx)
+
+
+def dequantize_codes(parts: Codes, g_idx: Tensor) -> Tensor:
+    """The float32 (out, in) weights that unpacked codes stand for."""
+    index = g_idx.to(parts.codes.device, torch.int64)
+    return (parts.codes.float() - parts.zeros.float()[:, index]) * parts.scales[:, index]
 
 
 def quantize(weight: Tensor, hessian: Tensor, *, bits: int, group_size: int, sym: bool = True, damping: float = 0.01) -> Codes:
@@ -207,13 +212,14 @@ def _unpack_rows(packed: Tensor, bits: int) -> Tensor:
     """(words, columns) int32 -> (words * 32 / bits, columns) int32."""
     if 32 % bits == 0:
         shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
-        return ((packed.to(torch.int32)[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)).flatten(0, 1)
+        values: Tensor = (packed.to(torch.int32)[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)
+        return values.flatten(0, 1)
     # Codes of 3 bits straddle words: each is cut out of its word and the next one, joined.
     words = packed.to(torch.int64) & 0xFFFFFFFF
     starts = torch.arange(0, 32 * packed.shape[0], bits, device=packed.device)
     low, high = starts // 32, (starts // 32 + 1).clamp(max=packed.shape[0] - 1)
-    pairs = words[low] | words[high] << 32
-    return (pairs >> (starts % 32)[:, None] & (2**bits - 1)).to(torch.int32)
+    pairs: Tensor = words[low] | words[high] << 32
+    return (pairs >> (starts % 32)[:, None]).bitwise_and(2**bits - 1).to(torch.int32)
 
 
 def _pack_rows(values: Tensor, bits: int) -> Tensor:
@@ -225,4 +231,4 @@ def _pack_rows(values: Tensor, bits: int) -> Tensor:
     if 32 % bits:
         straddling = starts % 32 + bits > 32
         words.index_add_(0, starts[straddling] // 32 + 1, shifted[straddling] >> 32)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
