@@ -9,18 +9,22 @@ from __future__ import annotations
 import re
 
 _ABBREVIATIONS = (
-    "e.g i.e cf vs viz ca al approx resp incl excl esp ed eds vol no nos pp p ch sec secs fig figs eq eqs ref refs tab "
-    "app Dr Mr Mrs Ms Prof St Jr Sr Mt Inc Ltd Co Corp Dept Univ Gen Col Sgt Rev Hon Gov Sen Rep "
-    "Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec a.m p.m U.S U.K E.U Ph.D"
+    "e.g i.e cf vs viz ca al approx resp incl excl esp eds Dr Mr Mrs Ms Prof St Jr Sr Mt Inc Ltd Co Corp Dept Univ Gen Col "
+    "Sgt Rev Hon Gov Sen Rep Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec a.m p.m U.S U.K E.U Ph.D"
 )
-_NOT_AFTER = "".join(
-    rf"(?<!\b{re.escape(form)}\.)"
-    for word in _ABBREVIATIONS.split()
-    for form in dict.fromkeys((word, word[0].upper() + word[1:]))
-)
+_BEFORE_NUMBERS = "no nos vol p pp ch sec secs fig figs eq eqs ref refs tab app art"
+
+
+def _forms(words: str) -> list[str]:
+    return [re.escape(form) for word in words.split() for form in dict.fromkeys((word, word[0].upper() + word[1:]))]
+
+
+_NOT_AFTER = "".join(rf"(?<!\b{form}\.)" for form in _forms(_ABBREVIATIONS))
+_NOT_BETWEEN = "|".join(rf"(?<=\b{form}\.)" for form in _forms(_BEFORE_NUMBERS))
 
 SENTENCE_GAP = (
-    rf"(?<=[.!?…]){_NOT_AFTER}(?<!\b[A-Z]\.)(?<!^\d\.)(?<!\n\d\.)(?<!\n\d\d\.)\s+(?=[^a-z\s])"
+    rf"(?<=[.!?…]){_NOT_AFTER}(?!(?:{_NOT_BETWEEN})\s+[\d(])"
+    r"(?<!\b[A-Z]\.)(?<!^\d\.)(?<!\n\d\.)(?<!\n\d\d\.)\s+(?=[^a-z\s])"
     r"|(?<=[.!?…][\"'”’»)\]])\s+(?=[^a-z\s])"
     r"|(?<=\s[.!?])\s+"
     r"|(?<=[。！？])\s*"
