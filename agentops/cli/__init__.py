@@ -35,11 +35,20 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         if error.hint:
             print(f" hint: {error.hint}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        _leave(error.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        _leave(130)
     except BrokenPipeError:
         # The reader (head, less) left; writing on would raise again while the interpreter flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+        _leave(0)
+
+
+def _leave(code: int) -> None:
+    if code == 130:
+        # A node that blocks its thread cannot be stopped; the interpreter would wait for it, and the user has left.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code) from None
