@@ -21,6 +21,7 @@ class Batch:
 
     tokens and positions have one entry a row. Sequence `i` owns `counts[i]` rows and keeps its keys and values in the
     blocks `tables[i]`: position p lies in block `tables[i][p // block]` at `p % block`. `wanted` are row numbers, rising.
+    Before anything else, each of `copies` (source, target) copies a whole block.
     """
 
     tokens: NDArray[np.int64]
@@ -28,6 +29,7 @@ class Batch:
     counts: Sequence[int]
     tables: Sequence[Sequence[int]]
     wanted: NDArray[np.int64]
+    copies: Sequence[tuple[int, int]] = ()
 
 
 class Runner(Protocol):

@@ -7,8 +7,11 @@ others in float16. It knows nothing of requests, text or sampling.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +22,20 @@ from agentops.engine.checkpoint import Checkpoint
 from agentops.engine.decoder import Attend, Decoder, causal_mask, dot_attention
 from agentops.engine.linear import Kernel, make_linear
 from agentops.engine.runners import Batch
+from agentops.errors import SettingsError
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
+    """
+    Raises:
+        SettingsError: a GPU was asked for and torch finds none.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    found = torch.cuda.is_available()
+    if wanted == "cuda" and not found:
+        raise SettingsError("engine.device is cuda, but torch finds no usable GPU", hint="set engine.device to auto or cpu")
+    return "cuda" if found else "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +50,16 @@ class _Part:
 class TorchRunner:
     """Computes steps with torch on `device` ("cpu" or "cuda").
 
-    `blocks` of `block` positions are reserved; a CPU commits their memory when they are first written.
+    `blocks` of `block` positions are reserved; a CPU commits their memory when they are first written. `threads` 0 is one
+    a core.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, kernel: Kernel, device: str, blocks: int, block: int = 16) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, kernel: Kernel, device: str, blocks: int, block: int = 16, threads: int = 0
+    ) -> None:
         config = checkpoint.config
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._owner: int | None = None
 
         def tensor(name: str) -> Tensor:
             return checkpoint.tensor(name).to(device)
@@ -63,7 +85,12 @@ class TorchRunner:
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
         """As `Runner.step`."""
+        if self._owner != threading.get_ident():
+            # torch keeps the number of threads per calling thread.
+            torch.set_num_threads(self._threads)
+            self._owner = threading.get_ident()
         with torch.inference_mode():
+            self._copy(batch.copies)
             parts = self._parts(batch)
             written = torch.from_numpy(self._written(batch)).to(self._device)
 
@@ -79,6 +106,12 @@ class TorchRunner:
     def close(self) -> None:
         """Gives the memory of weights and cache back."""
         self._model = self._cache = None  # type: ignore[assignment]
+
+    def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        size = self._block
+        for source, target in copies:
+            taken = self._cache[:, :, :, source * size : (source + 1) * size]
+            self._cache[:, :, :, target * size : (target + 1) * size] = taken
 
     def _written(self, batch: Batch) -> NDArray[np.int64]:
         tables = [np.asarray(table, np.int64) for table in batch.tables]

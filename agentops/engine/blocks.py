@@ -1,0 +1,125 @@
+"""The KV cache's book-keeping: which block of positions belongs to whom, and which prefix a block already holds.
+
+A block stands for `size` neighbouring positions. Blocks are counted by reference; a block nobody holds whose content is
+known stays cached until its place is needed, the longest unused first. The index is keyed by namespace (model revision,
+tenant) and by the tokens themselves, compared one by one, so that neither a hash collision nor another tenant's request
+can ever hit. It holds no tensors, knows no sequences and is owned by one thread.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+Node = Hashable
+"""A place in the prefix index: a namespace at the root, then one node a block of tokens."""
+
+
+class NoRoom(Exception):
+    """Fewer blocks can be given than were asked for; none were taken."""
+
+
+class BlockPool:
+    """`total` blocks of `size` positions. Always: free + cached + used == total."""
+
+    def __init__(self, total: int, size: int = 16) -> None:
+        self.total, self.size = total, size
+        self._free = list(range(total - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._holders = [0] * total
+        self._index: dict[tuple[Node, tuple[int, ...]], tuple[int, int]] = {}
+        self._keys: dict[int, tuple[Node, tuple[int, ...]]] = {}
+        self._nodes = 0
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def cached(self) -> int:
+        """Blocks that nobody holds and whose content is kept for whoever asks for it."""
+        return len(self._cached)
+
+    @property
+    def used(self) -> int:
+        return self.total - self.free - self.cached
+
+    @property
+    def available(self) -> int:
+        """How many blocks `allocate` can give."""
+        return self.free + self.cached
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.size)
+
+    def match(self, namespace: Hashable, tokens: Sequence[int], limit: int) -> tuple[list[int], Node]:
+        """Takes hold of the blocks that hold the beginning of `tokens`, `limit` blocks at most.
+
+        Returns them in order and the node that the last of them is.
+        """
+        held: list[int] = []
+        node: Node = ("root", namespace)
+        while len(held) < limit:
+            found = self._index.get(self.key(node, tokens, len(held)))
+            if found is None:
+                break
+            block, node = found
+            self._hold(block)
+            held.append(block)
+        return held, node
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` blocks, neighbours where possible.
+
+        Raises:
+            NoRoom: fewer are free or cached.
+        """
+        if count > self.available:
+            raise NoRoom
+        taken = []
+        for _ in range(count):
+            block = self._free.pop() if self._free else self._evict()
+            self._holders[block] = 1
+            taken.append(block)
+        return taken
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Takes hold of blocks that somebody holds already."""
+        for block in blocks:
+            self._hold(block)
+
+    def publish(self, node: Node, tokens: Sequence[int], index: int, block: int) -> Node:
+        """Makes block number `index` of `tokens`, now computed, findable under `node`; returns its own node.
+
+        Where the same content is known already, that stays and `block` remains private.
+        """
+        key = self.key(node, tokens, index)
+        known = self._index.get(key)
+        if known is None:
+            self._nodes += 1
+            known = self._index[key] = (block, self._nodes)
+            self._keys[block] = key
+        return known[1]
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Lets go of blocks. Given in the order of a prompt, its end is forgotten before its beginning."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if self._holders[block] == 0:
+                if block in self._keys:
+                    self._cached[block] = None
+                else:
+                    self._free.append(block)
+
+    def key(self, node: Node, tokens: Sequence[int], index: int) -> tuple[Node, tuple[int, ...]]:
+        """What names block number `index` of `tokens` under `node`."""
+        return node, tuple(tokens[index * self.size : (index + 1) * self.size])
+
+    def _hold(self, block: int) -> None:
+        self._holders[block] += 1
+        self._cached.pop(block, None)
+
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        del self._index[self._keys.pop(block)]
+        return block

@@ -1,0 +1,199 @@
+"""What one call wants from its sequences: a `GenerateCall` picks tokens and makes text, a `ScoreCall` weighs choices.
+
+A call takes logits as its sequences are computed and says when it is over. It runs on the worker's thread and knows
+neither the scheduler nor who listens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Tokens
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agentops.clock import Clock
+from agentops.engine.sampler import Logits, Sampler, log_probabilities, log_sum_exp
+from agentops.engine.sequence import Sequence
+from agentops.engine.tokenizer import Writer
+from agentops.records import ChoiceScore, Delta, FinishReason, Generation, ModelInfo, ScoreRequest, Scores, Timing, Usage
+
+Event = Delta | Generation | Scores | Exception
+
+
+class Call:
+    """Common to both: the root sequence, the way back to the caller, and when what happened."""
+
+    def __init__(self, sequence: Sequence, send: Callable[[Event], None], info: ModelInfo, clock: Clock) -> None:
+        self.sequence = sequence
+        self.send = send
+        self.over = False
+        self._events: list[Event] = []
+        self._info, self._clock = info, clock
+        self.arrived = clock.monotonic_ns()
+        self.admitted: int | None = None
+        self._first: int | None = None
+        sequence.owner = self
+        for fork in sequence.forks:
+            fork.owner = self
+
+    def start(self) -> None:
+        """The first of its tokens are about to be computed."""
+        if self.admitted is None:
+            self.admitted = self._clock.monotonic_ns()
+
+    def take(self, sequence: Sequence, first: int, logits: Logits) -> int:
+        """Logits (rows, vocabulary) of the sequence's tokens from number `first` on; returns how many tokens it made."""
+        raise AssertionError("a Call is a GenerateCall or a ScoreCall")
+
+    def deliver(self) -> None:
+        """Sends what `take` had to say."""
+        for event in self._events:
+            self.send(event)
+        self._events = []
+
+    def _seen(self) -> None:
+        if self._first is None:
+            self._first = self._clock.monotonic_ns()
+
+    def _timing(self) -> Timing:
+        now = self._clock.monotonic_ns()
+        admitted = self.admitted or now
+        first = self._first or now
+        return Timing(
+            queue_ms=(admitted - self.arrived) / 1e6,
+            prefill_ms=(first - admitted) / 1e6,
+            decode_ms=(now - first) / 1e6,
+            first_token_ms=(first - self.arrived) / 1e6,
+        )
+
+
+class GenerateCall(Call):
+    """Text after a prompt of at least one token."""
+
+    def __init__(
+        self,
+        prompt: list[int],
+        *,
+        namespace: Hashable,
+        max_tokens: int,
+        trimmed: int,
+        eos: frozenset[int],
+        sampler: Sampler,
+        writer: Writer,
+        send: Callable[[Event], None],
+        info: ModelInfo,
+        clock: Clock,
+    ) -> None:
+        sequence = Sequence(namespace, list(prompt), len(prompt) - 1, None, room=max_tokens, decodes=True)
+        super().__init__(sequence, send, info, clock)
+        self._max_tokens, self._trimmed, self._eos = max_tokens, trimmed, eos
+        self._sampler, self._writer = sampler, writer
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+
+    def take(self, sequence: Sequence, first: int, logits: Logits) -> int:
+        """Chooses the next token from the last row."""
+        self._seen()
+        if self._max_tokens == 0:
+            self._finish("length")
+            return 0
+        token, logprob, complete = self._sampler.choose(logits[-1])
+        self._tokens.append(token)
+        self._logprobs.append(logprob)
+        if token in self._eos:
+            self._finish("stop")
+            return 1
+        self._say(self._writer.add(token))
+        if self._writer.stopped or complete:
+            self._finish("stop")
+        elif len(self._tokens) == self._max_tokens:
+            self._finish("length")
+        else:
+            sequence.tokens.append(token)
+        return 1
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._events.append(Delta(text))
+
+    def _finish(self, reason: FinishReason) -> None:
+        self.over = True
+        self._say(self._writer.finish())
+        inputs, cached = self.sequence.inputs, self.sequence.cached
+        self._events.append(
+            Generation(
+                text=self._writer.text,
+                finish_reason=reason,
+                usage=Usage(inputs, len(self._tokens), cached, inputs - cached, self._trimmed),
+                timing=self._timing(),
+                model=self._info.name,
+                device=self._info.device,
+                tokens=tuple(self._tokens),
+                logprobs=tuple(self._logprobs),
+            )
+        )
+
+
+class ScoreCall(Call):
+    """Log-probabilities of choices after a prefix of at least one token.
+
+    The first choice is computed in one go with the prefix; the others fork from the prefix, so that it is computed once.
+    A choice's last token is predicted, not read: it is no input and costs nothing, so that choices of one token each
+    are scored by the prefix alone.
+    """
+
+    def __init__(
+        self,
+        prefix: list[int],
+        choices: Tokens[list[int]],
+        request: ScoreRequest,
+        *,
+        namespace: Hashable,
+        send: Callable[[Event], None],
+        info: ModelInfo,
+        clock: Clock,
+    ) -> None:
+        self._prefix, self._choices, self._texts = len(prefix), choices, request.choices
+        self._logprobs = [np.full(len(choice), np.nan) for choice in choices]
+        self._missing = sum(map(len, choices))
+        self._choice_of: dict[Sequence, int] = {}
+        forks = []
+        for number, choice in enumerate(choices[1:], start=1):
+            if len(choice) > 1:
+                fork = Sequence(namespace, prefix + choice[:-1], len(prefix), None, private=True)
+                self._choice_of[fork] = number
+                forks.append(fork)
+        root = Sequence(namespace, prefix + choices[0][:-1], len(prefix) - 1, None, forks=tuple(forks), fork_at=len(prefix))
+        self._choice_of[root] = 0
+        super().__init__(root, send, info, clock)
+
+    def take(self, sequence: Sequence, first: int, logits: Logits) -> int:
+        """Row by row, the logits at token n say how likely token n + 1 was."""
+        if first == self._prefix - 1:
+            self._seen()
+            openings = logits[0] - log_sum_exp(logits[0])
+            for number, choice in enumerate(self._choices):
+                self._fill(number, 0, [openings[choice[0]]])
+            first, logits = first + 1, logits[1:]
+        if len(logits):
+            number, at = self._choice_of[sequence], first - self._prefix + 1
+            wanted = np.array(self._choices[number][at : at + len(logits)], np.int64)
+            self._fill(number, at, log_probabilities(logits, wanted))
+        if self._missing == 0:
+            self._finish()
+        return 0
+
+    def _fill(self, number: int, at: int, values: Tokens[float] | NDArray[np.float32]) -> None:
+        self._logprobs[number][at : at + len(values)] = values
+        self._missing -= len(values)
+
+    def _finish(self) -> None:
+        self.over = True
+        root = self.sequence
+        inputs = root.inputs + sum(fork.inputs - self._prefix for fork in root.forks)
+        scored = tuple(
+            ChoiceScore(text, tuple(map(float, values))) for text, values in zip(self._texts, self._logprobs, strict=True)
+        )
+        usage = Usage(input_tokens=inputs, cached_tokens=root.cached, computed_tokens=inputs - root.cached)
+        self._events.append(Scores(scored, usage, self._timing(), self._info.name, self._info.device))

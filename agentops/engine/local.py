@@ -1,0 +1,396 @@
+"""`LocalEngine` runs a model in this process. One thread owns the runner and computes step after step; callers hand
+requests over and get events back on their own event loops.
+
+Prefix blocks stay cached when a request ends, for later requests of the same tenant: across turns, nodes and runs.
+It knows nothing of graphs, prompts or the record, and leaves what a step computes to the runner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from agentops.clock import Clock, SystemClock
+from agentops.engine.blocks import BlockPool
+from agentops.engine.calls import Call, Event, GenerateCall, ScoreCall
+from agentops.engine.checkpoint import Checkpoint, expected_shapes, open_checkpoint
+from agentops.engine.limits import check_request, check_score_request
+from agentops.engine.runners import Batch, Runner
+from agentops.engine.sampler import Sampler, compile_constraint
+from agentops.engine.scheduler import Scheduler
+from agentops.engine.sequence import Chunk
+from agentops.engine.tokenizer import ChatTokenizer
+from agentops.errors import EngineClosed, EngineError, EngineOverloaded, PromptTooLong, UsageError
+from agentops.records import Delta, Generation, ModelInfo, Request, ScoreRequest, Scores, Usage
+from agentops.settings import Settings
+
+BLOCK = 16
+"""Positions in a block of the KV cache."""
+
+T = TypeVar("T")
+
+_INLINE_CHARACTERS = 50_000
+
+
+def open_engine(folder: Path, settings: Settings, name: str | None = None, *, clock: Clock | None = None) -> LocalEngine:
+    """Opens a model folder and starts the engine on it. `name` is what usage and traces call the model.
+
+    Raises:
+        ModelNotFound, ModelUnsafe, ModelBroken, ModelUnsupported: as `open_checkpoint`.
+        SettingsError: a device was asked for that is not there.
+    """
+    checkpoint = open_checkpoint(folder)
+    tokenizer = ChatTokenizer(checkpoint)
+    from agentops.engine.linear import choose_kernel
+    from agentops.engine.runners.torch import TorchRunner, choose_device
+
+    device = choose_device(settings.engine.device)
+    kernel = choose_kernel(settings.engine.kernel, checkpoint)
+    blocks = settings.engine.kv_tokens // BLOCK
+    runner = TorchRunner(checkpoint, kernel=kernel, device=device, blocks=blocks, block=BLOCK, threads=settings.engine.threads)
+    info = _info(checkpoint, name or folder.name, device, blocks * BLOCK)
+    return LocalEngine(runner, tokenizer, info, settings, clock=clock)
+
+
+class LocalEngine:
+    """An `Engine` over a `Runner`. Make it with `open_engine`.
+
+    A score request's prefix and choices are made into tokens separately, and the choice's follow the prefix's: give the
+    white space between them to the choice (`"The answer is"`, `" yes"`).
+    """
+
+    def __init__(
+        self, runner: Runner, tokenizer: ChatTokenizer, info: ModelInfo, settings: Settings, *, clock: Clock | None = None
+    ) -> None:
+        self._runner, self._tokenizer, self._info = runner, tokenizer, info
+        self._settings = settings.engine
+        self._seed = settings.run.seed
+        self._clock = clock or SystemClock()
+        self._pool = BlockPool(settings.engine.kv_tokens // BLOCK, BLOCK)
+        self._scheduler = Scheduler(
+            self._pool, max_batch=settings.engine.max_batch, prefill_tokens=settings.engine.prefill_tokens
+        )
+        self._change = threading.Condition()
+        self._inbox: deque[Call] = deque()
+        self._leaving: list[Call] = []
+        self._active: set[Call] = set()
+        self._closing = False
+        self._totals = Usage()
+        self._requests = 0
+        self._mean_s = 1.0
+        self._thread = threading.Thread(target=self._work, name="agentops-engine", daemon=True)
+        self._thread.start()
+        atexit.register(self._stop)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def totals(self) -> Usage:
+        """Every token read, reused and made so far, counted where it is computed: equals the sum of all usages, plus
+        what cancelled and failed requests had cost."""
+        return self._totals
+
+    @property
+    def pool(self) -> BlockPool:
+        """The book of KV blocks, to be looked at only."""
+        return self._pool
+
+    async def stream(self, request: Request) -> AsyncIterator[Delta | Generation]:
+        """As `Engine.stream`."""
+        self._check_open()
+        check_request(request, self._settings.input_bytes)
+        prompt, trimmed = await _aside(request, lambda: self._prompt(request))
+        grammar = None
+        if request.constraint is not None:
+            grammar = compile_constraint(request.constraint, self._tokenizer.grammar_tokenizer)
+        with self._change:
+            self._requests += 1
+            number = self._requests
+        # Unseeded requests differ from each other and are the same in every run of the program.
+        entropy = [self._seed, number] if request.seed is None else [request.seed]
+        sampler = Sampler(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            generator=np.random.default_rng(entropy),
+            grammar=grammar,
+        )
+        events, send = self._mailbox()
+        call = GenerateCall(
+            prompt,
+            namespace=(self._info.revision, request.tenant),
+            max_tokens=request.max_tokens,
+            trimmed=trimmed,
+            eos=self._tokenizer.eos,
+            sampler=sampler,
+            writer=self._tokenizer.writer(prompt, request.stop),
+            send=send,
+            info=self._info,
+            clock=self._clock,
+        )
+        self._submit(call)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, Delta | Generation):
+                    yield event
+                if isinstance(event, Generation):
+                    return
+        finally:
+            self._leave(call)
+
+    async def score(self, request: ScoreRequest) -> Scores:
+        """As `Engine.score`. A choice's last token is predicted, not read, so it is not part of `input_tokens`."""
+        self._check_open()
+        check_score_request(request, self._settings.input_bytes)
+        prefix, choices = await _aside(request, lambda: self._score_tokens(request))
+        events, send = self._mailbox()
+        call = ScoreCall(
+            prefix,
+            choices,
+            request,
+            namespace=(self._info.revision, request.tenant),
+            send=send,
+            info=self._info,
+            clock=self._clock,
+        )
+        if (needed := self._scheduler.blocks_needed(call.sequence)) > self._pool.total:
+            raise PromptTooLong(needed * BLOCK, 0, self._pool.total * BLOCK)
+        self._submit(call)
+        try:
+            event = await events.get()
+            if isinstance(event, Scores):
+                return event
+            raise event if isinstance(event, Exception) else RuntimeError("a score request got text")
+        finally:
+            self._leave(call)
+
+    async def close(self) -> None:
+        """As `Engine.close`."""
+        await asyncio.to_thread(self._stop)
+        atexit.unregister(self._stop)
+
+    # --- on the caller's side ---
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise _closed()
+
+    def _input(self, request: Request | ScoreRequest) -> list[int]:
+        if request.text is None:
+            return self._tokenizer.encode_chat(request.messages)
+        return self._tokenizer.encode(request.text)
+
+    def _prompt(self, request: Request) -> tuple[list[int], int]:
+        room = self._info.context_tokens - request.max_tokens
+        ids = self._input(request)
+        if not ids:
+            raise UsageError("the prompt is empty", hint="give the model at least one token to go on from")
+        if len(ids) <= room:
+            return ids, 0
+        cut: list[int] | None = None
+        if request.trim and room > 0:
+            cut = ids[-room:] if request.text is not None else self._tokenizer.trim_chat(request.messages, room)
+        if cut is None:
+            raise PromptTooLong(len(ids), request.max_tokens, self._info.context_tokens)
+        return cut, len(ids) - len(cut)
+
+    def _score_tokens(self, request: ScoreRequest) -> tuple[list[int], list[list[int]]]:
+        prefix = self._input(request)
+        choices = [self._tokenizer.encode_more(choice) for choice in request.choices]
+        if not prefix or not all(choices):
+            raise UsageError("a prefix or a choice has no tokens", hint="give the model at least one token of each")
+        longest = max(map(len, choices))
+        if len(prefix) + longest > self._info.context_tokens:
+            raise PromptTooLong(len(prefix), longest, self._info.context_tokens)
+        return prefix, choices
+
+    def _mailbox(self) -> tuple[asyncio.Queue[Event], Callable[[Event], None]]:
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def send(event: Event) -> None:
+            # A loop that was closed while its request ran has nobody left to tell.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        return events, send
+
+    def _submit(self, call: Call) -> None:
+        with self._change:
+            if self._closing:
+                raise _closed()
+            waiting = len(self._inbox) + len(self._scheduler.waiting)
+            if waiting >= self._settings.queue:
+                raise EngineOverloaded(
+                    f"{waiting:,} requests are waiting, no more are taken",
+                    retry_after_s=self._mean_s * waiting / self._settings.max_batch,
+                )
+            self._inbox.append(call)
+            self._change.notify()
+
+    def _leave(self, call: Call) -> None:
+        with self._change:
+            if not call.over:
+                self._leaving.append(call)
+                self._change.notify()
+
+    def _stop(self) -> None:
+        with self._change:
+            self._closing = True
+            self._change.notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # --- on the worker's thread ---
+
+    def _work(self) -> None:
+        end: EngineError = _closed()
+        try:
+            self._serve()
+        except Exception as error:
+            end = EngineClosed(f"the engine broke down: {type(error).__name__}: {error}", hint="open it again; this is a defect")
+            end.__cause__ = error
+        with self._change:
+            self._closing = True
+            self._active.update(self._inbox)
+            self._inbox.clear()
+        for call in list(self._active):
+            self._fail(call, end)
+        self._runner.close()
+
+    def _serve(self) -> None:
+        while True:
+            with self._change:
+                while not (self._closing or self._inbox or self._leaving or not self._scheduler.idle):
+                    self._change.wait()
+                if self._closing:
+                    return
+                arrived, left = list(self._inbox), self._leaving
+                self._inbox.clear()
+                self._leaving = []
+            for call in arrived:
+                self._active.add(call)
+                self._scheduler.add(call.sequence)
+            for call in left:
+                self._end(call)
+            if chunks := self._scheduler.plan():
+                self._step(chunks)
+
+    def _step(self, chunks: list[Chunk]) -> None:
+        """A step that fails, fails the requests in it and no other."""
+        for chunk in chunks:
+            chunk.sequence.owner.start()
+        try:
+            logits = self._runner.step(_batch(chunks))
+        except Exception as error:
+            for call in {chunk.sequence.owner for chunk in chunks}:
+                self._fail(call, EngineError(f"the model failed: {type(error).__name__}: {error}"), error)
+            return
+        self._scheduler.advance(chunks)
+        self._count(chunks)
+        at = 0
+        for chunk in chunks:
+            call, wanted = chunk.sequence.owner, chunk.wanted
+            rows = logits[at : at + len(wanted)]
+            at += len(wanted)
+            if call.over or not len(wanted):
+                continue
+            try:
+                self._totals += Usage(output_tokens=call.take(chunk.sequence, wanted.start, rows))
+            except EngineError as error:
+                self._fail(call, error)
+                continue
+            except Exception as error:
+                self._fail(call, EngineError(f"the request failed: {type(error).__name__}: {error}"), error)
+                continue
+            if call.over:
+                self._end(call)
+            # Only now, so that whoever gets the last event finds the books closed and the blocks free.
+            call.deliver()
+
+    def _count(self, chunks: list[Chunk]) -> None:
+        computed = cached = 0
+        for chunk in chunks:
+            sequence = chunk.sequence
+            computed += max(0, min(chunk.start + chunk.count, sequence.inputs) - chunk.start)
+            if chunk.start == sequence.cached and not sequence.private:
+                cached += sequence.cached
+        self._totals += Usage(input_tokens=computed + cached, cached_tokens=cached, computed_tokens=computed)
+
+    def _fail(self, call: Call, error: EngineError, cause: Exception | None = None) -> None:
+        if cause is not None:
+            error.__cause__ = cause
+        self._end(call)
+        call.send(error)
+
+    def _end(self, call: Call) -> None:
+        if call not in self._active:
+            return
+        call.over = True
+        self._active.discard(call)
+        self._scheduler.finish([call.sequence])
+        if call.admitted is not None:
+            took = (self._clock.monotonic_ns() - call.admitted) / 1e9
+            self._mean_s += (took - self._mean_s) / 8
+
+
+async def _aside(request: Request | ScoreRequest, make: Callable[[], T]) -> T:
+    """Small inputs are made into tokens at once; big ones in a thread, so that the caller's event loop goes on."""
+    size = len(request.text) if request.text is not None else sum(len(message.content) for message in request.messages)
+    return make() if size < _INLINE_CHARACTERS else await asyncio.to_thread(make)
+
+
+def _batch(chunks: list[Chunk]) -> Batch:
+    starts = np.cumsum([0] + [chunk.count for chunk in chunks])
+    copies = [
+        (chunk.sequence.copy_from, chunk.sequence.table[chunk.start // BLOCK])
+        for chunk in chunks
+        if chunk.sequence.copy_from is not None
+    ]
+    for chunk in chunks:
+        chunk.sequence.copy_from = None
+    tokens = [chunk.sequence.tokens[chunk.start : chunk.start + chunk.count] for chunk in chunks]
+    positions = [np.arange(chunk.start, chunk.start + chunk.count) for chunk in chunks]
+    wanted = [
+        np.arange(len(chunk.wanted)) + start + (chunk.wanted.start - chunk.start)
+        for chunk, start in zip(chunks, starts, strict=False)
+    ]
+    return Batch(
+        tokens=np.concatenate([np.asarray(part, np.int64) for part in tokens]),
+        positions=np.concatenate(positions).astype(np.int64),
+        counts=[chunk.count for chunk in chunks],
+        tables=[chunk.sequence.table for chunk in chunks],
+        wanted=np.concatenate(wanted).astype(np.int64),
+        copies=copies,
+    )
+
+
+def _closed() -> EngineClosed:
+    return EngineClosed("the engine was closed", hint="open it again")
+
+
+def _info(checkpoint: Checkpoint, name: str, device: str, cache_tokens: int) -> ModelInfo:
+    config, how = checkpoint.config, checkpoint.quantization
+    group = "" if how is None or how.group_size == -1 else f", group {how.group_size}"
+    return ModelInfo(
+        name=name,
+        revision=checkpoint.revision,
+        architecture=config.architecture,
+        context_tokens=min(config.context, cache_tokens),
+        vocabulary=config.vocabulary,
+        parameters=sum(int(np.prod(shape)) for shape in expected_shapes(config).values()),
+        weight_bytes=checkpoint.weight_bytes,
+        quantization="none" if how is None else f"GPTQ {how.bits}-bit{group}",
+        device=device,
+    )

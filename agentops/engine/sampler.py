@@ -1,0 +1,132 @@
+"""Turns logits into a token: greedy or drawn, under a grammar where one is asked for.
+
+Log-probabilities are those of the model itself, before temperature, cuts and grammar. Drawing is reproducible: the same
+logits and the same seed give the same token. It knows token numbers, not text; grammars are compiled by llguidance.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
+
+from agentops.errors import ConstraintInvalid
+from agentops.records import Constraint
+
+Logits = NDArray[np.float32]
+
+_CHOICES = 10_000
+_GRAMMAR_BYTES = 1_000_000
+
+
+class Grammar:
+    """What may follow, token by token. Make it with `compile_constraint`."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
+        self._matcher = matcher
+        self._mask = np.zeros((vocabulary + 31) // 32, dtype=np.int32)
+
+    def allowed(self, vocabulary: int) -> NDArray[np.bool_]:
+        """bool (vocabulary,): which tokens may come next.
+
+        Raises:
+            ConstraintInvalid: the grammar grew beyond the matcher's limits.
+        """
+        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        if self._matcher.is_error():
+            raise _invalid(self._matcher.get_error())
+        return np.unpackbits(self._mask.view(np.uint8), bitorder="little", count=vocabulary).astype(np.bool_)
+
+    def accept(self, token: int) -> bool:
+        """Takes the token in; True when nothing can follow any more."""
+        self._matcher.consume_token(token)
+        if self._matcher.is_error():
+            raise _invalid(self._matcher.get_error())
+        return bool(self._matcher.is_stopped())
+
+
+def compile_constraint(constraint: Constraint, tokenizer: LLTokenizer) -> Grammar:
+    """
+    Raises:
+        ConstraintInvalid: it is not of the form its kind asks for, or cannot be compiled.
+    """
+    grammar = _grammar(constraint)
+    if len(grammar) > _GRAMMAR_BYTES:
+        raise _invalid(f"it has {len(grammar):,} characters, the limit is {_GRAMMAR_BYTES:,}")
+    matcher = LLMatcher(tokenizer, grammar, log_level=0)
+    if matcher.is_error():
+        raise _invalid(matcher.get_error())
+    return Grammar(matcher, tokenizer.vocab_size)
+
+
+def _grammar(constraint: Constraint) -> str:
+    value = constraint.value
+    try:
+        if constraint.kind == "json_schema":
+            if not isinstance(value, dict):
+                raise _invalid("a JSON schema is a dict")
+            # Free white space is where a small model loses its way: it can go on for ever.
+            spacing = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+            return LLMatcher.grammar_from_json_schema(json.dumps(value), overrides=spacing)  # type: ignore[arg-type]
+        if constraint.kind == "regex":
+            if not isinstance(value, str):
+                raise _invalid("a regular expression is a string")
+            return LLMatcher.grammar_from_regex(value)
+        choices = [value] if isinstance(value, str) else list(value)
+        if not choices or len(choices) > _CHOICES or not all(isinstance(choice, str) and choice for choice in choices):
+            raise _invalid(f"choices are 1 to {_CHOICES:,} strings that are not empty")
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _invalid(str(error)) from error
+
+
+def _invalid(why: str) -> ConstraintInvalid:
+    return ConstraintInvalid(
+        f"the constraint cannot be used: {why.strip()[:500]}", hint="see agentops.records.Constraint for the three kinds"
+    )
+
+
+class Sampler:
+    """One sequence's choices. `generator` draws where `temperature` is above 0."""
+
+    def __init__(
+        self, *, temperature: float, top_p: float, top_k: int, generator: np.random.Generator, grammar: Grammar | None = None
+    ) -> None:
+        self._temperature, self._top_p, self._top_k = temperature, top_p, top_k
+        self._generator = generator
+        self._grammar = grammar
+
+    def choose(self, logits: Logits) -> tuple[int, float, bool]:
+        """The next token of logits (vocabulary,), its log-probability, and whether the grammar ends with it."""
+        weighed = logits
+        if self._grammar is not None:
+            weighed = np.where(self._grammar.allowed(len(logits)), logits, -np.inf)
+        token = int(np.argmax(weighed)) if self._temperature == 0 else self._draw(weighed)
+        over = self._grammar is not None and self._grammar.accept(token)
+        return token, float(logits[token] - log_sum_exp(logits)), over
+
+    def _draw(self, logits: Logits) -> int:
+        scaled = logits.astype(np.float64) / self._temperature
+        order = np.argsort(-scaled, kind="stable")
+        if self._top_k:
+            order = order[: self._top_k]
+        weights = np.exp(scaled[order] - scaled[order[0]])
+        shares = np.cumsum(weights / weights.sum())
+        # The token that crosses the line is still in, so that there is always one.
+        kept = int(np.searchsorted(shares, self._top_p)) + 1 if self._top_p < 1 else len(order)
+        point = self._generator.random() * shares[min(kept, len(order)) - 1]
+        return int(order[np.searchsorted(shares, point, side="right")])
+
+
+def log_sum_exp(logits: NDArray[Any]) -> NDArray[Any]:
+    """Over the last axis."""
+    top = logits.max(axis=-1, keepdims=True)
+    return np.asarray(np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0])
+
+
+def log_probabilities(logits: Logits, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(rows, vocabulary) and (rows,) -> (rows,): how likely each token was, as natural logarithms."""
+    return np.asarray(np.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - log_sum_exp(logits))

@@ -1,0 +1,245 @@
+"""Text to tokens and back: the model's tokenizer, its chat template, and text that appears piece by piece.
+
+The template comes from the model folder and is not trusted: it is rendered in jinja2's immutable sandbox. What users and
+documents say is not trusted either: in a conversation, the spelling of a control token is text and never becomes one.
+It knows nothing of sequences or sampling.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from llguidance import LLTokenizer
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from agentops.engine.checkpoint import Checkpoint
+from agentops.errors import ModelBroken, ModelUnsupported, UsageError
+from agentops.records import Message
+
+_TEMPLATE_BYTES = 256 * 1024
+_PRIVATE_USE = range(0x10F000, 0x10FFFE)
+_HELD_TOKENS = 8
+
+
+class ChatTokenizer:
+    """The tokenizer of a checkpoint. May be used from several threads at once.
+
+    Raises (when made):
+        ModelBroken: tokenizer.json or the template cannot be read.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._source = (checkpoint.folder / "tokenizer.json").read_text(encoding="utf-8")
+        self._folder = checkpoint.folder
+        self._vocabulary = checkpoint.config.vocabulary
+        self._tokenizer = self._load()
+        settings = checkpoint.read_json("tokenizer_config.json") or {}
+        self._bos, self._eos = (_token_text(settings.get(name)) for name in ("bos_token", "eos_token"))
+        eos = list(checkpoint.config.eos)
+        if self._eos and (token := self._tokenizer.token_to_id(self._eos)) is not None:
+            eos.append(token)
+        self.eos = frozenset(token for token in eos if token < self._vocabulary)
+        self._specials = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        self._template = self._compile(self._template_text(settings))
+
+    @cached_property
+    def grammar_tokenizer(self) -> LLTokenizer:
+        """The same tokenizer as llguidance wants it."""
+        return LLTokenizer(self._source, n_vocab=self._vocabulary, eos_token=sorted(self.eos) or None)
+
+    def encode(self, text: str) -> list[int]:
+        """A text taken as it is: control tokens spelled in it count as such, and a model that wants a first token gets it."""
+        return self._tokenizer.encode(text).ids
+
+    def encode_more(self, text: str) -> list[int]:
+        """A text that follows others: nothing is put before it and no control token is made."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation through the chat template, up to where the answer begins.
+
+        Raises:
+            ModelUnsupported: the model has no template.
+            UsageError: the template refuses the conversation.
+            ModelBroken: the template fails.
+        """
+        spelled = [token for token in self._specials if any(token in message.content for message in messages)]
+        if not spelled:
+            return self._tokenizer.encode(self._render(messages), add_special_tokens=False).ids
+        # Each spelled control token travels through the template as one private character nobody else uses.
+        used = set().union(*(message.content for message in messages))
+        free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+        stand_ins = dict(zip(sorted(spelled, key=len, reverse=True), free, strict=False))
+        hidden = [Message(message.role, _replaced(message.content, stand_ins)) for message in messages]
+        ids: list[int] = []
+        text, spelling = "", {mark: token for token, mark in stand_ins.items()}
+        for character in self._render(hidden):
+            if character not in spelling:
+                text += character
+                continue
+            ids += self._tokenizer.encode(text, add_special_tokens=False).ids + self.encode_more(spelling[character])
+            text = ""
+        return ids + self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def trim_text(self, text: str, room: int) -> list[int]:
+        """The last `room` tokens of a text, or all of them."""
+        return self.encode(text)[-room:]
+
+    def trim_chat(self, messages: Sequence[Message], room: int) -> list[int] | None:
+        """A conversation cut to `room` tokens: whole old turns go first, then the beginning of the last turn.
+
+        System messages stay. None where they alone do not fit.
+        """
+        kept = list(messages)
+        ids = self.encode_chat(kept)
+        turns = [message for message in messages if message.role != "system"]
+        while len(ids) > room and len(turns) > 1:
+            oldest = turns.pop(0)
+            kept = [message for message in kept if message is not oldest]
+            ids = self.encode_chat(kept)
+        while len(ids) > room:
+            if not turns or not turns[0].content:
+                return None
+            shorter = Message(turns[0].role, self.cut_front(turns[0].content, len(ids) - room))
+            kept = [shorter if message is turns[0] else message for message in kept]
+            turns = [shorter]
+            ids = self.encode_chat(kept)
+        return ids
+
+    def cut_front(self, text: str, tokens: int) -> str:
+        """The text without its first `tokens` tokens."""
+        offsets = self._plain.encode(text, add_special_tokens=False).offsets
+        return text[offsets[tokens][0] :] if tokens < len(offsets) else ""
+
+    def writer(self, prompt: Sequence[int], stop: Sequence[str]) -> Writer:
+        return Writer(self._tokenizer, prompt, stop)
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        tokenizer = self._load()
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    def _load(self) -> Tokenizer:
+        try:
+            tokenizer = Tokenizer.from_str(self._source)
+        # The library raises bare Exception for every fault of the file.
+        except Exception as error:
+            raise ModelBroken(
+                f"{self._folder / 'tokenizer.json'} cannot be read: {error}", hint="prepare or download the model again"
+            ) from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+    def _template_text(self, settings: dict[str, Any]) -> str | None:
+        file = self._folder / "chat_template.jinja"
+        if file.is_file():
+            text: Any = (
+                file.read_text(encoding="utf-8") if file.stat().st_size <= _TEMPLATE_BYTES else "x" * (_TEMPLATE_BYTES + 1)
+            )
+        else:
+            text = settings.get("chat_template")
+        if isinstance(text, list):
+            text = next(
+                (entry.get("template") for entry in text if isinstance(entry, dict) and entry.get("name") == "default"), None
+            )
+        if text is not None and (not isinstance(text, str) or len(text.encode()) > _TEMPLATE_BYTES):
+            raise ModelBroken(
+                f"{self._folder}: the chat template is no text of at most {_TEMPLATE_BYTES:,} bytes",
+                hint="get the model from a source you trust",
+            )
+        return text
+
+    def _compile(self, text: str | None) -> Any:
+        if text is None:
+            return None
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], autoescape=False
+        )
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.globals["raise_exception"] = _refuse
+        try:
+            return environment.from_string(text)
+        except (TemplateError, RecursionError) as error:
+            raise ModelBroken(
+                f"{self._folder}: the chat template is damaged: {error}", hint="prepare or download the model again"
+            ) from error
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        if self._template is None:
+            raise ModelUnsupported(
+                f"{self._folder} has no chat template, so it takes no conversations",
+                hint="use an instruct model, or give the request a text instead of messages",
+            )
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            rendered: str = self._template.render(
+                messages=turns, add_generation_prompt=True, bos_token=self._bos, eos_token=self._eos
+            )
+        except UsageError:
+            raise
+        # A template can fail in any way code can.
+        except Exception as error:
+            raise ModelBroken(
+                f"{self._folder}: the chat template failed: {type(error).__name__}: {error}",
+                hint="the template does not suit this conversation; send system, user and assistant turns in order",
+            ) from error
+        return rendered
+
+
+class Writer:
+    """Text as its tokens arrive: never half a character, never the beginning of a stop string that may yet complete."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=list(prompt[-_HELD_TOKENS:]), skip_special_tokens=True)
+        self._stop = [text for text in stop if text]
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that has become certain with this token. Sets `stopped` when a stop string is complete."""
+        self._held += self._stream.step(self._tokenizer, token) or ""
+        ends = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            return self._give(min(ends))
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        return self._give(len(self._held) - keep)
+
+    def finish(self) -> str:
+        """What was held back and can no longer become a stop string. An unfinished character is dropped."""
+        return "" if self.stopped else self._give(len(self._held))
+
+    def _give(self, length: int) -> str:
+        given, self._held = self._held[:length], self._held[length:]
+        self.text += given
+        return given
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)
+
+
+def _replaced(text: str, stand_ins: dict[str, str]) -> str:
+    for token, mark in stand_ins.items():
+        text = text.replace(token, mark)
+    return text
+
+
+def _token_text(value: Any) -> str:
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else ""
+
+
+def _refuse(message: object) -> None:
+    raise UsageError(f"the model's chat template refuses the conversation: {str(message)[:500]}")
