@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 UV = Path(sys.executable).with_name("uv")
 CONSTRAINTS = ROOT / "constraints.txt"
+FIND_DOCS = "from agentops.cli.demo import docs_folder; print(docs_folder())"
 
 
 def call(*command: str | Path, cwd: Path, environment: dict[str, str], timeout_s: float = 300) -> str:
@@ -55,7 +56,14 @@ def test_everything_in_the_packages_is_in_the_wheel(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert wanted - packed == set()
-    assert {"agentops/py.typed", "graphs/py.typed", "evals/py.typed", "tui/py.typed", "graphs/rag.py"} <= packed
+    assert {
+        "agentops/py.typed",
+        "graphs/py.typed",
+        "evals/py.typed",
+        "tui/py.typed",
+        "graphs/rag.py",
+        "agentops/docs/engine.md",
+    } <= packed
     assert any(name.startswith("graphs/prompts/") and name.endswith(".md") for name in packed)
     assert any(name.startswith("agentops/store/migrations/") for name in packed)
     strangers = {name.partition("/")[0] for name in packed} - {"agentops", "graphs", "evals", "tui"}
@@ -67,10 +75,7 @@ def test_the_wheel_answers_from_documents_outside_the_checkout(
     installed: Path, model_folder: Path, embedder_folder: Path, tmp_path: Path
 ) -> None:
     elsewhere = tmp_path / "else where"
-    (elsewhere / "notes").mkdir(parents=True)
-    (elsewhere / "notes" / "skarholm.md").write_text(
-        "# Skarholm\n\nThe lighthouse of Skarholm was built in 1887. Its lamp is visible for 21 kilometres.\n", encoding="utf-8"
-    )
+    elsewhere.mkdir()
     environment = {
         "PATH": f"{installed}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(tmp_path / "me"),
@@ -86,8 +91,10 @@ def test_the_wheel_answers_from_documents_outside_the_checkout(
     assert Path(where.strip()).is_relative_to(installed.parent)
     assert "run" in agentops("--help")
     assert "0 broken" in agentops("doctor")
-    agentops("ingest", "notes", "--collection", "notes")
-    answer = agentops("run", "rag", "When was the lighthouse of Skarholm built?", "--collection", "notes")
-    assert "1887" in answer
-    assert "skarholm.md" in answer
+    docs = call(installed / "python", "-c", FIND_DOCS, cwd=elsewhere, environment=environment).strip()
+    assert Path(docs).is_relative_to(installed.parent), "the documentation of the wheel, not of the checkout"
+    agentops("ingest", docs, "--collection", "docs")
+    answer = agentops("run", "rag", "How many positions does a block of the KV cache hold?", "--collection", "docs")
+    assert "16" in answer
+    assert "engine.md" in answer
     assert "rag" in agentops("runs")

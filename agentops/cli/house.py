@@ -116,7 +116,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     except SettingsError as error:
         settings = Settings()
         findings.append(Finding("settings", "broken", str(error), error.hint))
-    checks: list[Callable[[Settings], Iterator[Finding]]] = [_packages, _names, _device, _folders, _store, _index]
+    checks: list[Callable[[Settings], Iterator[Finding]]] = [_packages, _names, _device, _folders, _models, _store, _index]
     for check in checks:
         findings += check(settings)
     broken = any(finding.verdict == "broken" for finding in findings)
@@ -246,6 +246,32 @@ def _folders(settings: Settings) -> Iterator[Finding]:
             yield Finding(name, "warning", detail, f"make room soon, or set {key} to a folder on another disk")
         else:
             yield Finding(name, "ok", detail)
+
+
+def _models(settings: Settings) -> Iterator[Finding]:
+    from agentops.engine.checkpoint import open_checkpoint
+    from agentops.engine.models import describe, validate_embedder
+
+    for check, key, validate in (
+        ("model", "model.name", open_checkpoint),
+        ("embedder", "retrieval.embedder", validate_embedder),
+    ):
+        name = settings.get(key)
+        try:
+            card = describe(name, settings)
+            if card.folder:
+                validate(card.folder)
+        except AgentOpsError as error:
+            yield Finding(check, "broken", str(error), error.hint or f"set {key} to a model's name or folder")
+            continue
+        if card.folder:
+            kind = "" if card.quantization == "none" else f"{card.quantization}, "
+            yield Finding(check, "ok", f"{name}, {kind}{card.size_bytes / 1e6:.0f} MB in {card.folder}")
+        elif name.startswith((".", "~", os.sep)):
+            yield Finding(check, "broken", f"there is no model folder {name}", f"set {key} to a model's name or folder")
+        else:
+            mend = f"prepare it with: agentops models prepare {name}; or let the first use do so"
+            yield Finding(check, "warning", f"{name} is not prepared", mend)
 
 
 def _store(settings: Settings) -> Iterator[Finding]:

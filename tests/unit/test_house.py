@@ -164,6 +164,12 @@ def test_a_model_that_is_not_prepared_is_a_warning_with_the_command(tmp_path: Pa
     assert "agentops models prepare" in found[0].mend
 
 
+def test_a_model_folder_that_is_damaged_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]', encoding="utf-8")
+    found = list(house._models(load_settings({"model.name": str(tmp_path), "retrieval.embedder": str(tmp_path)})))
+    assert {(finding.check, finding.verdict) for finding in found} == {("model", "broken"), ("embedder", "broken")}
+
+
 @pytest.mark.model
 def test_a_prepared_model_is_found(model_folder: Path, embedder_folder: Path, settings: Settings) -> None:
     found = list(house._models(settings))
