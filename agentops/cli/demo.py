@@ -28,8 +28,8 @@ def demo(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Catalogue name, local folder or hub id.")] = None,
 ) -> None:
     """Prepare the model, read the documentation, ask three questions about it, and show how an answer came about."""
-    from agentops.cli.documents import ingest_paths
-    from agentops.cli.record import show_run
+    from agentops.cli.documents import ingest
+    from agentops.cli.record import show
     from agentops.cli.run import follow
     from agentops.engine.models import prepare
     from agentops.runtime import Runtime
@@ -40,16 +40,16 @@ def demo(
     _head("1. The model and the embedder")
     prepare(settings.model.name, settings)
     prepare(settings.retrieval.embedder, settings)
+    _head("2. The documents")
+    ingest([str(docs_folder())], collection=COLLECTION)
+    runs = []
     with Runtime(settings) as runtime:
-        _head("2. The documents")
-        ingest_paths([docs_folder()], COLLECTION, runtime.index, settings)
-        runs = []
         for number, question in enumerate(QUESTIONS, 3):
             _head(f"{number}. {question}")
             runs.append(follow(runtime.stream("rag", question, collection=COLLECTION)))
     _head(f"{len(QUESTIONS) + 3}. How the first answer came about")
     sys.stderr.flush()
-    show_run(runs[0].run_id, settings)
+    show(runs[0].run_id)
     _head("Where to go next")
     print(
         f"""  agentops run rag "your question" -c {COLLECTION}       ask something else
