@@ -117,7 +117,7 @@ class Store:
         query = select(spans).where(spans.c.run_id == run_id).order_by(spans.c.start_ns, spans.c.seq, spans.c.id)
         return [_span_row(row) for row in self._all(query)]
 
-    def payload(self, hash: str) -> Any:  # noqa: A002 - the column's name
+    def payload(self, hash: str) -> Any:
         """The JSON value that a run's or span's `input_hash` or `output_hash` names.
 
         Raises:

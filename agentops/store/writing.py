@@ -14,6 +14,7 @@ from typing import Any
 import zstandard
 from sqlalchemy import JSON, Connection, Engine, Table, bindparam, delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
+from sqlmodel import AutoString
 
 from agentops.settings import Settings
 from agentops.store.opening import database_path, translated, writing_engine
@@ -132,7 +133,7 @@ def _fit(target: Table, event: Event) -> dict[str, Any]:
         if isinstance(column.type, JSON):
             row[column.name] = value if isinstance(value, dict | list) else ([] if column.name == "tags" else {})
             continue
-        kind = column.type.python_type
+        kind = str if isinstance(column.type, AutoString) else column.type.python_type
         if value is None:
             if column.primary_key or column.name in ("run_id", "root_id", "thread_id", "status", "kind", "name"):
                 raise ValueError(f"{target.name}.{column.name} is missing")

@@ -29,6 +29,7 @@ _BATCH_EVENTS = 1_000
 _BATCH_BYTES = 8_000_000
 _CLOSING_WAIT_S = 1.0
 _READING_WAIT_S = 0.3
+_FAILURES_TO_TELL = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,8 @@ class Drainer:
         self._journal = journal
         self._drained_size = 0
         self._stop = threading.Event()
+        self._turn = threading.Lock()
+        self._behind = 0
         self._told: set[str] = set()
         self.failures = 0
         self._thread = threading.Thread(target=self._loop, name="agentops-drainer", daemon=True)
@@ -140,18 +143,22 @@ class Drainer:
         """Drains once; False when the store did not take it. The backlog stays in the journal."""
         from agentops.store import open_writer
 
-        size = self._journal.size
-        try:
-            with open_writer(self._settings, timeout_s=timeout_s) as writer:
-                drain(self._journal.folder, writer)
-        except Exception as error:
-            self.failures += 1
-            if (kind := type(error).__name__) not in self._told:
-                self._told.add(kind)
-                log.warning("the record is behind; events wait in the journal: %s", str(error).split("\n", 1)[0])
-            return False
-        self._drained_size = size
-        return True
+        with self._turn:
+            size = self._journal.size
+            try:
+                with open_writer(self._settings, timeout_s=timeout_s) as writer:
+                    drain(self._journal.folder, writer)
+            except Exception as error:
+                self.failures += 1
+                self._behind += 1
+                # A short wait for another writer is no news.
+                if self._behind >= _FAILURES_TO_TELL and (kind := type(error).__name__) not in self._told:
+                    self._told.add(kind)
+                    log.warning("the record is behind; events wait in the journal: %s", str(error).split("\n", 1)[0])
+                return False
+            self._drained_size = size
+            self._behind = 0
+            return True
 
     def close(self) -> None:
         """Ends the thread; a drain under way is finished first."""

@@ -110,7 +110,7 @@ def tagged(**attributes: Any) -> Iterator[None]:
 
 
 @contextmanager
-def span(kind: SpanKind, name: str, input: Any = None) -> Iterator[Handle]:  # noqa: A002 - the word users know
+def span(kind: SpanKind, name: str, input: Any = None) -> Iterator[Handle]:
     """A span around own code, the child of what is running now. Works around `await` too; outside a run it records nothing."""
     place = locate()
     if place is None:
@@ -297,7 +297,7 @@ class RunTrace:
         name: str,
         *,
         parent: str,
-        input: Any = _NOTHING,  # noqa: A002
+        input: Any = _NOTHING,
         attributes: Mapping[str, Any] | None = None,
         path: tuple[str, ...] | None = None,
         started: tuple[int, int] | None = None,
@@ -500,7 +500,7 @@ class Tracer:
         run_id: str,
         thread_id: str,
         graph: str,
-        input: Any = None,  # noqa: A002
+        input: Any = None,
         settings: Mapping[str, Any] | None = None,
         resumed: bool = False,
         tags: tuple[str, ...] = (),
