@@ -11,14 +11,16 @@ import asyncio
 import contextlib
 import re
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from agentops.checkpoint import check_thread_id, lease, open_checkpointer
 from agentops.clock import Clock, Ids, SystemClock, UlidSource
 from agentops.engine import Engine
-from agentops.errors import AgentOpsError, NodeFailed, RunCancelled, RunNotFound, ThreadBusy, UsageError
+from agentops.errors import AgentOpsError, NodeFailed, ThreadBusy, UsageError
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
+from agentops.parts import open_embedder, open_engine, open_index
 from agentops.records import RunEvent, RunResult, RunStarted, RunStatus
 from agentops.retrieval import Embedder, Index
 from agentops.settings import Settings, load_settings
@@ -29,49 +31,16 @@ from agentops.tracer import RunTrace, TracedEngine, TracedRetriever, catch_up, o
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
-Notice = Callable[[str], None]
-"""Told in one line what is being prepared, where it takes long."""
-
-
-def open_engine(settings: Settings, notice: Notice | None = None) -> Engine:
-    """The engine that the settings name, its model prepared first where needed.
-
-    Raises:
-        ModelError
-    """
-    from agentops.engine.local import open_engine as open_local
-    from agentops.engine.models import prepare
-
-    folder = prepare(settings.model.name, settings)
-    if notice:
-        notice(f"loading {settings.model.name}")
-    return open_local(folder, settings, settings.model.name)
-
-
-def open_embedder(settings: Settings) -> Embedder:
-    """The embedder that the settings name, prepared first where needed.
-
-    Raises:
-        ModelError
-    """
-    from agentops.engine.models import prepare
-    from agentops.retrieval.embed import open_embedder as open_encoder
-
-    return open_encoder(prepare(settings.retrieval.embedder, settings), settings.engine.threads)
-
-
-def open_index(settings: Settings, embedder: Embedder | Callable[[], Embedder] | None = None) -> Index:
-    """The embedded index below the settings' home. Its embedder is opened when first needed."""
-    from agentops.retrieval.embedded import open_index as open_embedded
-
-    return open_embedded(settings.paths.home / "index", embedder or (lambda: open_embedder(settings)))
+    from agentops.engine.models import Progress
+    from agentops.retrieval.ingest import IngestReport
 
 
 class Runtime:
     """Runs graphs and keeps the record. Safe to use from several threads and event loops.
 
     Every verb has an asynchronous form (`arun`, `astream`, `aresume`) and a synchronous one (`run`, `stream`, `resume`).
-    Parts given to the constructor (`engine`, `index`, `embedder`) are the caller's to close.
+    Parts given to the constructor (`engine`, `index`, `embedder`) are the caller's to close. `progress` is told how far the
+    preparing of a model is.
     """
 
     def __init__(
@@ -83,12 +52,12 @@ class Runtime:
         embedder: Embedder | None = None,
         clock: Clock | None = None,
         ids: Ids | None = None,
-        notice: Notice | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.settings = settings or load_settings()
         self._clock = clock or SystemClock()
         self._ids = ids or UlidSource(self._clock)
-        self._notice = notice
+        self._progress = progress
         self._tracer = open_tracer(self.settings, clock=self._clock, ids=self._ids)
         self._lock = threading.RLock()
         self._own_engine: Engine | None = None
@@ -105,7 +74,7 @@ class Runtime:
         """The model engine; every call is recorded when it happens inside a run."""
         with self._lock:
             if self._engine is None:
-                self._own_engine = open_engine(self.settings, self._notice)
+                self._own_engine = open_engine(self.settings, self._progress)
                 self._engine = TracedEngine(self._own_engine, self._tracer)
             return self._engine
 
@@ -113,7 +82,7 @@ class Runtime:
     def embedder(self) -> Embedder:
         with self._lock:
             if self._embedder is None:
-                self._embedder = open_embedder(self.settings)
+                self._embedder = open_embedder(self.settings, self._progress)
             return self._embedder
 
     @property
@@ -132,6 +101,24 @@ class Runtime:
         return EngineChatModel(engine=self.engine)
 
     # -- verbs
+
+    def ingest(self, *paths: Path | str, collection: str | None = None) -> IngestReport:
+        """Makes a collection hold the text of files and folders; what did not change is not embedded again.
+
+        Raises:
+            RetrievalError
+        """
+        from agentops.retrieval.ingest import ingest
+
+        wanted = self.settings.retrieval
+        return ingest(
+            paths,
+            self.index,
+            collection or wanted.collection,
+            chunk_tokens=wanted.chunk_tokens,
+            overlap_tokens=wanted.overlap_tokens,
+            count_tokens=self.embedder.count_tokens,
+        )
 
     async def arun(
         self,
@@ -432,6 +419,3 @@ def _failed_node(error: BaseException) -> str | None:
         if found := re.match(r"During task with name '([^']+)'", note):
             return found[1]
     return None
-
-
-__all__ = ["Notice", "RunCancelled", "RunNotFound", "Runtime", "open_embedder", "open_engine", "open_index"]

@@ -1,0 +1,45 @@
+"""The parts that settings name, opened: engine, embedder, index. A model that is not there yet is prepared first.
+
+Only this module knows which back-end serves which part. It loads no LangGraph, so that verbs without a graph start fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from agentops.retrieval import Embedder, Index
+from agentops.settings import Settings
+
+if TYPE_CHECKING:
+    from agentops.engine.local import LocalEngine
+    from agentops.engine.models import Progress
+
+
+def open_engine(settings: Settings, progress: Progress | None = None) -> LocalEngine:
+    """
+    Raises:
+        ModelError
+    """
+    from agentops.engine.local import open_engine as open_local
+    from agentops.engine.models import prepare
+
+    return open_local(prepare(settings.model.name, settings, progress), settings, settings.model.name)
+
+
+def open_embedder(settings: Settings, progress: Progress | None = None) -> Embedder:
+    """
+    Raises:
+        ModelError
+    """
+    from agentops.engine.models import prepare
+    from agentops.retrieval.embed import open_embedder as open_encoder
+
+    return open_encoder(prepare(settings.retrieval.embedder, settings, progress), settings.engine.threads)
+
+
+def open_index(settings: Settings, embedder: Embedder | Callable[[], Embedder] | None = None) -> Index:
+    """The embedded index below the settings' home. Its embedder is opened when it is first needed."""
+    from agentops.retrieval.embedded import open_index as open_embedded
+
+    return open_embedded(settings.paths.home / "index", embedder or (lambda: open_embedder(settings)))
