@@ -19,6 +19,9 @@ from agentops.records import Message, ScoreRequest
 from agentops.retrieval import Embedder
 from agentops.retrieval.analysis import terms
 
+QUESTION_CHARACTERS = 1_500
+"""Of a longer question the end is measured, which is where pasted text is followed by what is asked."""
+
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
@@ -103,6 +106,7 @@ async def relevance(
     """
     if not texts:
         return []
+    question = question[-QUESTION_CHARACTERS:]
     vectors = await asyncio.to_thread(embedder.embed, [question, *texts])
     cosines = vectors[1:] @ vectors[0]
     weight = rarity(texts)

@@ -13,7 +13,7 @@ from agentops.settings import Settings
 
 if TYPE_CHECKING:
     from agentops.engine.local import LocalEngine
-    from agentops.engine.models import Progress
+    from agentops.engine.fetch import Progress
 
 
 def open_engine(settings: Settings, progress: Progress | None = None) -> LocalEngine:

@@ -31,7 +31,7 @@ from agentops.tracer import RunTrace, TracedEngine, TracedRetriever, catch_up, o
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
-    from agentops.engine.models import Progress
+    from agentops.engine.fetch import Progress
     from agentops.retrieval.ingest import IngestReport
 
 
@@ -236,7 +236,13 @@ class Runtime:
         self, graph: LoadedGraph, input: Any, thread: str | None, collection: str | None
     ) -> AsyncGenerator[RunEvent, None]:
         if isinstance(input, str):
-            input = graph.as_input(input)  # noqa: A001
+            size, limit = len(input.encode(errors="replace")), self.settings.engine.input_bytes
+            if size > limit:
+                raise InputTooLarge(
+                    f"the input has {size:,} bytes, the limit is {limit:,}",
+                    hint="put long texts into a collection (agentops ingest), or raise engine.input_bytes",
+                )
+            input = graph.as_input(input)
         thread_id = check_thread_id(thread) if thread else self._ids.new("th")
         details = {"collection": collection or self.settings.retrieval.collection}
         return self._go(graph, input, self._ids.new("run"), thread_id, details, resumed=False)
@@ -390,7 +396,7 @@ class Runtime:
                 if mine and not state.next:
                     return state.values
                 if mine and not isinstance(input, Command):
-                    input = None  # noqa: A001
+                    input = None
             output = await compiled.ainvoke(input, cast(Any, config), context=cast(Any, context), durability="sync")
             trace.check()
             return output
