@@ -49,7 +49,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_errors_are_one_tree_and_the_docstring_draws_all_of_it() -> None:
     errors = import_module("agentops.errors")
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    drawn = {word for line in errors.__doc__.splitlines() for word in line.replace("│", " ").split()}
+    drawn = {word for line in str(errors.__doc__).splitlines() for word in line.replace("│", " ").split()}
     assert len(kinds) > 20
     for kind in kinds:
         assert issubclass(kind, errors.AgentOpsError)

@@ -146,7 +146,7 @@ def test_folders_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_is_a_warning_first(
     free: int, verdict: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(20 << 30, 0, free))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(20 << 30, 0, free))
     assert {finding.verdict for finding in house._folders(settings)} == {verdict}
 
 
