@@ -18,6 +18,8 @@ from torch.nn import functional
 
 from agentops.engine.checkpoint import DecoderConfig
 
+_TILE_ROWS = 256
+
 Linear = Callable[[Tensor], Tensor]
 """(rows, inputs) -> (rows, outputs)."""
 
@@ -98,37 +100,58 @@ class Decoder:
         return self.logits(hidden[wanted])
 
 
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Neighbouring rows of a sequence, the length of what they may see at all, and which row sees what (None: all of it)."""
+
+    rows: slice
+    length: int
+    mask: Tensor | None
+
+
+def causal_tiles(config: DecoderConfig, past: int, rows: int, device: str = "cpu") -> list[Tile]:
+    """What `rows` new tokens after `past` others may see. Tiles leave out most of what a whole mask would only hide."""
+    groups = config.heads // config.kv_heads
+    tiles = []
+    for start in range(0, rows, _TILE_ROWS):
+        stop = min(rows, start + _TILE_ROWS)
+        length, mask = past + stop, None
+        if stop - start > 1:
+            reach = torch.arange(past + start, length, device=device)[:, None] >= torch.arange(length, device=device)[None, :]
+            mask = torch.zeros(reach.shape, device=device).masked_fill(~reach, -torch.inf).repeat(groups, 1)
+        tiles.append(Tile(slice(start, stop), length, mask))
+    return tiles
+
+
 def causal_attention(config: DecoderConfig, lengths: Sequence[int]) -> Attend:
     """Attention without a cache over whole sequences that lie one after the other in the rows."""
     lengths = list(lengths)
-    masks = {length: causal_mask(config, 0, length) for length in set(lengths)}
+    tiles = {length: causal_tiles(config, 0, length) for length in set(lengths)}
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         parts = zip(*(part.split_with_sizes(lengths) for part in (queries, keys, values)), strict=True)
-        return torch.cat([dot_attention(q, k.transpose(0, 1), v.transpose(0, 1), masks[len(q)]) for q, k, v in parts])
+        return torch.cat([dot_attention(q, k.transpose(0, 1), v.transpose(0, 1), tiles[len(q)]) for q, k, v in parts])
 
     return attend
 
 
-def causal_mask(config: DecoderConfig, past: int, rows: int) -> Tensor | None:
-    """What `rows` new tokens after `past` others may see: bool, or None where one token sees everything."""
-    if rows == 1:
-        return None
-    reach = torch.arange(past, past + rows)[:, None] >= torch.arange(past + rows)[None, :]
-    return reach.repeat(config.heads // config.kv_heads, 1)
-
-
-def dot_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def dot_attention(queries: Tensor, keys: Tensor, values: Tensor, tiles: Sequence[Tile]) -> Tensor:
     """Attention of one sequence's new rows, (rows, heads, dim) to the same.
 
-    keys and values (kv heads, length, dim) are those of the whole sequence, `mask` is its `causal_mask`.
+    keys and values (kv heads, length, dim) are those of the whole sequence, `tiles` its `causal_tiles`.
     """
-    rows, heads, dim = queries.shape
+    _, heads, dim = queries.shape
     kv_heads = keys.shape[0]
-    # The query heads of one key-value head become rows of their own, so that keys are not copied for each of them.
-    grouped = queries.view(rows, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dim)
-    attended = functional.scaled_dot_product_attention(grouped, keys[None], values[None], attn_mask=mask)
-    return attended.view(kv_heads, heads // kv_heads, rows, dim).permute(2, 0, 1, 3).reshape(rows, heads, dim)
+    results = []
+    for tile in tiles:
+        # The query heads of one key-value head become rows of their own, so that keys are not copied for each of them.
+        grouped = (
+            queries[tile.rows].reshape(-1, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dim)
+        )
+        seen_keys, seen_values = keys[None, :, : tile.length], values[None, :, : tile.length]
+        attended = functional.scaled_dot_product_attention(grouped, seen_keys, seen_values, attn_mask=tile.mask)
+        results.append(attended.reshape(kv_heads, heads // kv_heads, -1, dim).permute(2, 0, 1, 3).reshape(-1, heads, dim))
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agentops.engine.checkpoint import Checkpoint
-from agentops.engine.decoder import Attend, Decoder, causal_mask, dot_attention
+from agentops.engine.decoder import Attend, Decoder, Tile, causal_tiles, dot_attention
 from agentops.engine.linear import Kernel, make_linear
 from agentops.engine.runners import Batch
 from agentops.errors import SettingsError
@@ -44,7 +44,7 @@ class _Part:
 
     rows: slice
     slots: slice | Tensor
-    mask: Tensor | None
+    tiles: list[Tile]
 
 
 class TorchRunner:
@@ -128,14 +128,8 @@ class TorchRunner:
         parts, start = [], 0
         for count, table in zip(batch.counts, batch.tables, strict=True):
             length = int(batch.positions[start + count - 1]) + 1
-            mask = causal_mask(self._config, length - count, count)
-            parts.append(
-                _Part(
-                    slice(start, start + count),
-                    self._slots(table, length),
-                    None if mask is None else mask.to(self._device),
-                )
-            )
+            tiles = causal_tiles(self._config, length - count, count, self._device)
+            parts.append(_Part(slice(start, start + count), self._slots(table, length), tiles))
             start += count
         return parts
 
@@ -155,5 +149,5 @@ class TorchRunner:
         for part in parts:
             held = cache[:, :, part.slots] if isinstance(part.slots, slice) else cache.index_select(2, part.slots)
             k, v = held.float()
-            results.append(dot_attention(queries[part.rows], k, v, part.mask))
+            results.append(dot_attention(queries[part.rows], k, v, part.tiles))
         return results[0] if len(results) == 1 else torch.cat(results)
