@@ -144,7 +144,10 @@ class LoadedGraph:
             try:
                 return json.loads(text)
             except json.JSONDecodeError as error:
-                raise UsageError(f"the input starts like a JSON object but is none: {error}") from error
+                raise UsageError(
+                    f"the input starts like a JSON object but is none: {error}",
+                    hint='quote it for the shell: \'{"key": "value"}\'',
+                ) from error
         schema = getattr(getattr(self.compiled, "builder", None), "input_schema", None)
         hints = typing.get_type_hints(schema) if schema is not None else {}
         if "question" in hints:

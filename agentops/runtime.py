@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from agentops.checkpoint import check_thread_id, lease, open_checkpointer
 from agentops.clock import Clock, Ids, SystemClock, UlidSource
 from agentops.engine import Engine
-from agentops.errors import AgentOpsError, NodeFailed, ThreadBusy, UsageError
+from agentops.errors import AgentOpsError, InputTooLarge, NodeFailed, ThreadBusy, UsageError
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
 from agentops.parts import open_embedder, open_engine, open_index
 from agentops.records import RunEvent, RunResult, RunStarted, RunStatus
@@ -242,7 +242,7 @@ class Runtime:
                     f"the input has {size:,} bytes, the limit is {limit:,}",
                     hint="put long texts into a collection (agentops ingest), or raise engine.input_bytes",
                 )
-            input = graph.as_input(input)
+            input = graph.as_input(input)  # noqa: A001
         thread_id = check_thread_id(thread) if thread else self._ids.new("th")
         details = {"collection": collection or self.settings.retrieval.collection}
         return self._go(graph, input, self._ids.new("run"), thread_id, details, resumed=False)
@@ -396,7 +396,7 @@ class Runtime:
                 if mine and not state.next:
                     return state.values
                 if mine and not isinstance(input, Command):
-                    input = None
+                    input = None  # noqa: A001
             output = await compiled.ainvoke(input, cast(Any, config), context=cast(Any, context), durability="sync")
             trace.check()
             return output

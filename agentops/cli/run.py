@@ -102,7 +102,7 @@ def _runtime(flags: dict[str, Any]) -> Iterator[Any]:
     from agentops.runtime import Runtime
     from agentops.settings import load_settings
 
-    with Runtime(load_settings(flags), notice=lambda line: print(f"· {line}", file=sys.stderr)) as runtime:
+    with Runtime(load_settings(flags)) as runtime:
         yield runtime
 
 
