@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,6 +151,16 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     assert not undeclared
     unused = required.difference(*imported.values())
     assert not unused
+
+
+def test_what_is_installed_runs_on_the_oldest_python_that_we_promise() -> None:
+    oldest = "3.11.2"  # Debian 12
+    too_new = [
+        f"{distribution.name} {distribution.version} wants Python {wanted}"
+        for distribution in metadata.distributions()
+        if (wanted := distribution.metadata["Requires-Python"]) and not SpecifierSet(wanted).contains(oldest)
+    ]
+    assert not too_new
 
 
 def test_no_construct_that_could_run_what_was_only_to_be_read() -> None:
