@@ -7,10 +7,12 @@ The store does not know how events come about, nor the journal's files.
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Literal
 
 import zstandard
-from sqlalchemy import Row, Select, func, select, tuple_
+from sqlalchemy import Row, Select, func, select, tuple_, union
 
 from agentops.errors import RecordError, RunNotFound
 from agentops.records import PromptVersion, RunStatus, Timing, Usage
@@ -18,11 +20,9 @@ from agentops.settings import Settings
 from agentops.store.opening import database_path, ensure, reading_engine, translated
 from agentops.store.rows import Balance, RunRow, SpanRow, ThreadRow
 from agentops.store.tables import table
-from agentops.store.writing import USAGE, StoreWriter, open_writer
+from agentops.store.writing import StoreWriter, open_writer
 
 __all__ = ["Balance", "RunRow", "SpanRow", "Store", "StoreWriter", "ThreadRow", "open_store", "open_writer"]
-
-_TIMING = ("queue_ms", "prefill_ms", "decode_ms", "first_token_ms")
 
 
 def open_store(settings: Settings) -> Store:
@@ -157,40 +157,43 @@ class Store:
     def balance(self, run_id: str) -> Balance:
         """Whether everything that the run emitted is here."""
         spans, payloads = table("span"), table("payload")
-        rows = self._all(
-            select(spans.c.id, spans.c.root_id, spans.c.seq, spans.c.input_hash, spans.c.output_hash).where(
-                spans.c.run_id == run_id
-            )
+        mine = spans.c.run_id == run_id
+        counted = self._all(
+            select(spans.c.root_id, func.max(spans.c.seq).label("last"), func.count().label("stored"))
+            .where(mine)
+            .group_by(spans.c.root_id)
         )
-        roots = [span for span in self.spans(run_id) if span.kind == "workflow"] if rows else []
-        emitted: dict[str, int] = {}
-        for row in rows:
-            emitted[row.root_id] = max(row.seq, emitted.get(row.root_id, 0))
-        for root in roots:
-            emitted[root.id] = max(int(root.attributes.get("emitted", 0)), emitted[root.id])
-        used = {value for row in rows for value in (row.input_hash, row.output_hash) if value}
-        cut = {row.hash for row in self._all(select(payloads.c.hash).where(payloads.c.truncated))} & used
-        faults = sum(int(root.attributes.get("faults", 0)) for root in roots)
-        return Balance(sum(emitted.values()), len(rows), len(cut), faults)
-
-
-def _usage(row: Row[Any]) -> Usage:
-    return Usage(**{name: getattr(row, name) for name in USAGE})
+        roots = {
+            row.id: row.attributes
+            for row in self._all(select(spans.c.id, spans.c.attributes).where(mine, spans.c.kind == "workflow"))
+        }
+        used = union(select(spans.c.input_hash).where(mine), select(spans.c.output_hash).where(mine))
+        cut = self._all(select(func.count()).where(payloads.c.truncated, payloads.c.hash.in_(used)))
+        return Balance(
+            emitted=sum(max(row.last, int(roots.get(row.root_id, {}).get("emitted", 0))) for row in counted),
+            stored=sum(row.stored for row in counted),
+            truncated=int(cut[0][0]),
+            faults=sum(int(attributes.get("faults", 0)) for attributes in roots.values()),
+        )
 
 
 def _run_row(row: Row[Any]) -> RunRow:
-    return RunRow(
-        **_columns(RunRow, row),
-        usage=_usage(row),
-        tags=tuple(row.tags),
-    )
+    return RunRow(usage=_usage(row), tags=tuple(row.tags), **_picked(_RUN, row))
 
 
 def _span_row(row: Row[Any]) -> SpanRow:
-    timing = Timing(**{name: getattr(row, name) for name in _TIMING})
-    return SpanRow(**_columns(SpanRow, row), usage=_usage(row), timing=timing)
+    timing = Timing(row.queue_ms, row.prefill_ms, row.decode_ms, row.first_token_ms)
+    return SpanRow(usage=_usage(row), timing=timing, **_picked(_SPAN, row))
 
 
-def _columns(kind: type, row: Row[Any]) -> dict[str, Any]:
-    wanted = set(cast(Any, kind).__dataclass_fields__) - {"usage", "timing", "tags"}
-    return {name: value for name, value in row._mapping.items() if name in wanted}
+def _usage(row: Row[Any]) -> Usage:
+    return Usage(row.input_tokens, row.output_tokens, row.cached_tokens, row.computed_tokens, row.trimmed_tokens)
+
+
+def _picked(names: Sequence[str], row: Row[Any]) -> dict[str, Any]:
+    values = row._mapping
+    return {name: values[name] for name in names}
+
+
+_RUN = [spec.name for spec in fields(RunRow) if spec.name not in ("usage", "tags")]
+_SPAN = [spec.name for spec in fields(SpanRow) if spec.name not in ("usage", "timing")]

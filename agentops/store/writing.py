@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import zstandard
@@ -107,45 +108,59 @@ class StoreWriter:
                 if event["hash"] not in found["payload"]:
                     raw = event["data"]
                     row = {**event, "data": self._compressor.compress(raw), "size": len(raw)}
-                    found["payload"][event["hash"]] = _fit(table("payload"), row)
+                    found["payload"][event["hash"]] = _fit("payload", row)
             case "prompt":
-                row = _fit(table("prompt_version"), {**event, "first_seen_ns": event["ns"]})
+                row = _fit("prompt_version", {**event, "first_seen_ns": event["ns"]})
                 found["prompt"].setdefault((row["name"], row["version"]), row)
             case "run":
-                row = _fit(table("run"), event)
+                row = _fit("run", event)
                 first = found["run"].setdefault(row["id"], row)
                 first.update({name: row[name] for name in _RUN_CHANGES})
                 ns = int(event["ns"])
                 thread = {"id": row["thread_id"], "created_ns": ns, "last_ns": ns}
                 found["thread"].setdefault(row["thread_id"], thread)["last_ns"] = ns
             case "span":
-                row = _fit(table("span"), event)
+                row = _fit("span", event)
                 found["span"][row["id"]] = row
             case other:
                 raise ValueError(f"unknown kind {other!r}")
 
 
-def _fit(target: Table, event: Event) -> dict[str, Any]:
+@cache
+def _columns(name: str) -> list[tuple[str, type | None, bool, bool]]:
+    """Name, type (`None` for JSON), whether it may be empty, and whether it must be given."""
+    found: list[tuple[str, type | None, bool, bool]] = []
+    for column in table(name).columns:
+        needed = column.primary_key or column.name in ("run_id", "root_id", "thread_id", "status", "kind", "name")
+        if isinstance(column.type, JSON):
+            found.append((column.name, None, False, False))
+        else:
+            kind = str if isinstance(column.type, AutoString) else column.type.python_type
+            found.append((column.name, kind, bool(column.nullable), needed))
+    return found
+
+
+def _fit(name: str, event: Event) -> dict[str, Any]:
     """A row of exactly the table's columns, each of the column's type."""
     row: dict[str, Any] = {}
-    for column in target.columns:
-        value = event.get(column.name)
-        if isinstance(column.type, JSON):
-            row[column.name] = value if isinstance(value, dict | list) else ([] if column.name == "tags" else {})
-            continue
-        kind = str if isinstance(column.type, AutoString) else column.type.python_type
-        if value is None:
-            if column.primary_key or column.name in ("run_id", "root_id", "thread_id", "status", "kind", "name"):
-                raise ValueError(f"{target.name}.{column.name} is missing")
-            row[column.name] = None if column.nullable else kind()
-        elif kind in (int, float):
-            row[column.name] = kind(value)
-            if kind is int and not -(2**63) <= row[column.name] < 2**63:
-                raise OverflowError(f"{target.name}.{column.name} is out of range")
+    for column, kind, nullable, needed in _columns(name):
+        value = event.get(column)
+        if kind is None:
+            row[column] = value if isinstance(value, dict | list) else ([] if column == "tags" else {})
+        elif value is None:
+            if needed:
+                raise ValueError(f"{name}.{column} is missing")
+            row[column] = None if nullable else kind()
+        elif kind is int:
+            row[column] = number = int(value)
+            if not -(2**63) <= number < 2**63:
+                raise OverflowError(f"{name}.{column} is out of range")
+        elif kind is float:
+            row[column] = float(value)
         elif isinstance(value, kind):
-            row[column.name] = value
+            row[column] = value
         else:
-            raise TypeError(f"{target.name}.{column.name} is a {type(value).__name__}")
+            raise TypeError(f"{name}.{column} is a {type(value).__name__}")
     return row
 
 

@@ -31,19 +31,23 @@ class State(TypedDict, total=False):
     text: str
 
 
-_CHILD = """
-import sys, pathlib, operator
-from typing import TypedDict
-from agentops.clock import SystemClock, CountingIds
+_BEGIN = """
+import sys
+from agentops.clock import SystemClock, UlidSource
 from agentops.settings import load_settings
 from agentops.tracer import open_tracer, span
+tracer = open_tracer(load_settings(), clock=SystemClock(), ids=UlidSource())
+run = tracer.start_run(run_id="run_" + sys.argv[1], thread_id="th_1", graph="endless", input={"x": 0})
+def work(number):
+    with span("tool", "inner"):
+        print(number, flush=True)
+"""
+_GRAPH = """
+from typing import TypedDict
 from langgraph.graph import START, StateGraph
 State = TypedDict("State", {"x": int})
-tracer = open_tracer(load_settings(), clock=SystemClock(), ids=CountingIds())
-run = tracer.start_run(run_id="run_" + sys.argv[1], thread_id="th_1", graph="endless", input={"x": 0})
 def node(state):
-    with span("tool", "inner"):
-        print(state["x"], flush=True)
+    work(state["x"])
     return {"x": state["x"] + 1}
 builder = StateGraph(State)
 builder.add_node("node", node)
@@ -51,6 +55,29 @@ builder.add_edge(START, "node")
 builder.add_conditional_edges("node", lambda state: "node", ["node"])
 builder.compile().invoke({"x": 0}, {"callbacks": [run.handler], "recursion_limit": 1_000_000})
 """
+_LOOP = """
+with run.active():
+    number = 0
+    while True:
+        with span("agent", "outer"):
+            work(number)
+        number += 1
+"""
+
+
+def start(settings: Settings, name: str, body: str = _LOOP) -> Any:
+    """A process that records without end and says what it has begun."""
+    command = [sys.executable, "-c", _BEGIN + body, name]
+    return subprocess.Popen(command, env=environment(settings), stdout=subprocess.PIPE, text=True)
+
+
+def kill(child: Any) -> list[int]:
+    """Kills it and returns what it had said and nobody had read."""
+    child.send_signal(signal.SIGKILL)
+    rest = [int(line) for line in child.stdout.read().split()]
+    child.stdout.close()
+    child.wait()
+    return rest
 
 
 def environment(settings: Settings) -> dict[str, str]:
@@ -67,12 +94,8 @@ def segments(settings: Settings) -> list[Path]:
 
 
 def test_a_killed_process_loses_nothing_and_its_run_shows_as_crashed(settings: Settings) -> None:
-    for round_ in range(3):
-        child = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, str(round_)], env=environment(settings), stdout=subprocess.PIPE, text=True
-        )
-        assert child.stdout is not None
-        last = 0
+    for round_, body in enumerate((_GRAPH, _LOOP, _LOOP, _LOOP)):
+        child, last = start(settings, str(round_), body), 0
         for line in child.stdout:
             last = int(line)
             if last == 5:
@@ -80,16 +103,13 @@ def test_a_killed_process_loses_nothing_and_its_run_shows_as_crashed(settings: S
                     assert store.run(f"run_{round_}").status == "running", "its process lives"
             if last >= 40 + 31 * round_:
                 break
-        child.send_signal(signal.SIGKILL)
-        last = max([last, *(int(line) for line in child.stdout.read().split())])
-        child.stdout.close()
-        child.wait()
+        last = max([last, *kill(child)])
         with record(settings) as store:
             assert store.run(f"run_{round_}").status == "crashed"
             spans = store.spans(f"run_{round_}")
             balance = store.balance(f"run_{round_}")
         assert balance.balanced
-        # Every node that said something had been told to the journal before.
+        # Everything that said something had been told to the journal before.
         assert sum(one.name == "inner" for one in spans) > last
         assert spans[0].kind == "workflow"
         assert spans[0].status == "crashed"
@@ -99,12 +119,9 @@ def test_a_killed_process_loses_nothing_and_its_run_shows_as_crashed(settings: S
 
 
 def test_a_crashed_run_that_is_resumed_is_no_longer_crashed(settings: Settings) -> None:
-    child = subprocess.Popen([sys.executable, "-c", _CHILD, "1"], env=environment(settings), stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
+    child = start(settings, "1")
     child.stdout.readline()
-    child.kill()
-    child.stdout.close()
-    child.wait()
+    kill(child)
     tracer = open_tracer(settings, clock=SystemClock(), ids=UlidSource())
     tracer.start_run(run_id="run_1", thread_id="th_1", graph="endless", resumed=True).end("done")
     assert tracer.flush()
@@ -281,17 +298,13 @@ def test_a_payload_of_fifty_megabytes_is_cut_with_a_mark(settings: Settings) -> 
 
 
 def test_two_processes_drain_side_by_side_without_a_double(settings: Settings) -> None:
-    children: list[Any] = [
-        subprocess.Popen([sys.executable, "-c", _CHILD, str(name)], env=environment(settings), stdout=subprocess.PIPE, text=True)
-        for name in range(2)
-    ]
+    children = [start(settings, str(name)) for name in range(2)]
     for child in children:
         while int(child.stdout.readline()) < 60:
             pass
     for child in children:
-        child.kill()
-        child.stdout.close()
-        child.wait()
+        kill(child)
     with record(settings) as store:
         for name in range(2):
             assert store.run(f"run_{name}").status == "crashed"
+            assert store.balance(f"run_{name}").balanced
