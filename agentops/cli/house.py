@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 DISTRIBUTION = "agentops-runtime"
 PACKAGES = ("agentops", "graphs", "evals", "tui")
-SHOWN = ("torch", "langgraph", "langchain-core", "numpy", "tokenizers", "llguidance", "sqlmodel", "tantivy")
+SHOWN = ("torch", "langgraph", "langchain-core", "numpy", "tokenizers", "llguidance", "sqlmodel", "tantivy", "numkong")
 SQLITE_WAL_RESET_BUG = (3, 7, 0), (3, 51, 2)
 LOW_DISK_BYTES, NO_DISK_BYTES = 2 << 30, 200 << 20
 
