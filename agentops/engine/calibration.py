@@ -11,7 +11,7 @@ import ast
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
@@ -21,8 +21,10 @@ from agentops.engine.checkpoint import Checkpoint
 from agentops.engine.decoder import Attend, Decoder
 from agentops.engine.linear import make_linear
 from agentops.engine.tokenizer import ChatTokenizer
+from agentops.engine.workers import open_workers
 from agentops.records import Message
 
+_BATCH = 16
 _JUDGED = (
     "argparse",
     "bisect",
@@ -122,39 +124,61 @@ def pieces(
 
 def sample(
     decoder: Decoder,
-    prompts: Iterator[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     *,
     count: int,
     length: int,
     temperature: float,
     seed: int,
+    threads: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
-    """`count` rows of `length` tokens, int64: a prompt, the model's words after it, and when it ends its turn the next prompt.
+    """`count` rows of `length` tokens, int64: a prompt, the model's words after it, and when it ends its turn the next prompt."""
+    batches = -(-count // _BATCH)
+    done = [0] * batches
 
-    All rows stand at the same position at every step, so that one batch serves prompts of any length.
-    """
+    def batch(index: int) -> list[Tensor]:
+        def step(steps: int) -> None:
+            done[index] = steps
+            if progress:
+                progress(sum(done), batches * length)
+
+        rows = min(_BATCH, count - index * _BATCH)
+        return _sample_batch(decoder, cycle(prompts[index::batches]), rows, length, temperature, seed + index, step)
+
+    with open_workers(threads) as each:
+        return [row for rows in each(batch, range(batches)) for row in rows]
+
+
+def _sample_batch(
+    decoder: Decoder,
+    prompts: Iterator[Sequence[int]],
+    count: int,
+    length: int,
+    temperature: float,
+    seed: int,
+    progress: Callable[[int], None],
+) -> list[Tensor]:
+    """All rows stand at the same position at every step, so that one batch serves prompts of any length."""
     config = decoder.config
     generator = torch.Generator().manual_seed(seed)
     waiting = [list(next(prompts)) for _ in range(count)]
     rows = torch.zeros(count, length, dtype=torch.int64)
     cache = torch.zeros(config.layers, 2, count, config.kv_heads, length, config.head_dim)
-    with torch.inference_mode():
-        for step in range(length):
-            for row, tokens in enumerate(waiting):
-                if not tokens and step and int(rows[row, step - 1]) in config.eos:
-                    tokens.extend(next(prompts))
-                if tokens:
-                    rows[row, step] = tokens.pop(0)
-            attends = [_cached(part, step) for part in cache]
-            logits = decoder(rows[:, step], torch.full((count,), step), attends.__getitem__, torch.arange(count))
-            if step + 1 < length:
-                # One uniform number a row; torch.multinomial draws one for every word of the vocabulary.
-                reached = functional.softmax(logits / temperature, dim=1).cumsum(1)
-                drawn = torch.searchsorted(reached, torch.rand(count, 1, generator=generator))[:, 0]
-                rows[:, step + 1] = drawn.clamp(max=config.vocabulary - 1)
-            if progress:
-                progress(step + 1, length)
+    for step in range(length):
+        for row, tokens in enumerate(waiting):
+            if not tokens and step and int(rows[row, step - 1]) in config.eos:
+                tokens.extend(next(prompts))
+            if tokens:
+                rows[row, step] = tokens.pop(0)
+        attends = [_cached(part, step) for part in cache]
+        logits = decoder(rows[:, step], torch.full((count,), step), attends.__getitem__, torch.arange(count))
+        if step + 1 < length:
+            # One uniform number a row; torch.multinomial draws one for every word of the vocabulary.
+            reached = functional.softmax(logits / temperature, dim=1).cumsum(1)
+            drawn = torch.searchsorted(reached, torch.rand(count, 1, generator=generator))[:, 0]
+            rows[:, step + 1] = drawn.clamp(max=config.vocabulary - 1)
+        progress(step + 1)
     return list(rows)
 
 
@@ -181,23 +205,21 @@ class Texts:
     held_out_about: str
 
 
-def make_texts(checkpoint: Checkpoint, progress: Callable[[str, int, int], None]) -> Texts:
+def make_texts(checkpoint: Checkpoint, threads: int, progress: Callable[[str, int, int], None]) -> Texts:
     """Calibration and held-out texts for a float checkpoint."""
     tokenizer = ChatTokenizer(checkpoint)
     held_out = pieces(documentation_strings(), tokenizer.encode, length=512, count=16)
     prose = pieces(topics(), tokenizer.encode, length=256, count=24, skip=1)
 
-    def prompts() -> Iterator[list[int]]:
-        for question in questions():
-            yield tokenizer.encode_chat([Message("user", question)])
-
+    prompts = [tokenizer.encode_chat([Message("user", question)]) for question in islice(questions(), 240)]
     chats = sample(
         float_decoder(checkpoint),
-        prompts(),
+        prompts,
         count=24,
         length=256,
         temperature=0.9,
         seed=1,
+        threads=threads,
         progress=lambda done, total: progress("calibrate", done, total),
     )
     return Texts([*prose, *chats], held_out, "Python's topics, own answers", "documentation strings of the standard library")

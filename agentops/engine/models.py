@@ -38,9 +38,21 @@ from agentops.settings import Settings
 Kind = Literal["llm", "embedder"]
 
 REPORT_FILE = "prepare.json"
-_LLM_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "quantize_config.json")
+_LLM_FILES: tuple[str, ...] = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "quantize_config.json",
+)
 _LLM_FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_EMBEDDER_FILES = ("model.safetensors", "config.json", "modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
+_EMBEDDER_FILES: tuple[str, ...] = (
+    "model.safetensors",
+    "config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)
 _EMBEDDER_FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SPARE_BYTES = 700_000_000
@@ -282,10 +294,17 @@ class _Preparation:
         checkpoint = open_checkpoint(source)
         recipe = Recipe(group_size=32 if self._entry else largest_group(checkpoint.config))
         started = time.monotonic()
-        texts = calibration.make_texts(checkpoint, self._progress)
+        threads = self._settings.engine.threads
+        texts = calibration.make_texts(checkpoint, threads, self._progress)
         sampled = time.monotonic()
         quality = quantize_checkpoint(
-            checkpoint, self._ready, recipe, calibration=texts.calibration, held_out=texts.held_out, progress=self._progress
+            checkpoint,
+            self._ready,
+            recipe,
+            calibration=texts.calibration,
+            held_out=texts.held_out,
+            threads=threads,
+            progress=self._progress,
         )
         self._seconds["calibrate"] = round(sampled - started, 1)
         self._seconds["quantize"] = round(time.monotonic() - sampled, 1)
@@ -402,8 +421,9 @@ def _silent(stage: str, done: int, total: int) -> None:
 def _need_room(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < _SPARE_BYTES:
+        needed, there = _SPARE_BYTES // 10**6, free // 10**6
         raise ModelError(
-            f"preparing the model needs {_SPARE_BYTES // 10**6} MB for a while, and the disk of {folder.parent} has {free // 10**6} MB",
+            f"preparing the model needs {needed} MB for a while; the disk of {folder.parent} has {there} MB",
             hint="free some disk space, or choose another folder: AGENTOPS_PATHS_CACHE=/somewhere/else",
         )
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from agentops.engine.checkpoint import Checkpoint, DecoderConfig, expected_shape
 from agentops.engine.decoder import Attend, Decoder, Layer, causal_attention
 from agentops.engine.gptq import Codes, Packed, dequantize_codes, group_count, pack, plain_groups, quantize
 from agentops.engine.safetensors_stream import SafetensorsWriter
+from agentops.engine.workers import Each, open_workers
 from agentops.errors import ModelBroken, ModelUnsupported
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, what is done of it, and its total."""
 
-_CHUNK_ROWS = 4096
+_CHUNK_ROWS = 2048
+_NOTHING = torch.empty(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ def quantize_checkpoint(
     *,
     calibration: Sequence[Tensor],
     held_out: Sequence[Tensor],
+    threads: int = 0,
     progress: Progress | None = None,
 ) -> Quality:
     """Writes `model.safetensors`, the configuration and the tokenizer's files into the folder `target`, which must exist.
@@ -81,20 +85,23 @@ def quantize_checkpoint(
         raise ModelUnsupported(f"{source.folder} is quantized already", hint="quantize the float model it was made from")
     layout = _layout(source, recipe)
     report = progress or (lambda stage, done, total: None)
-    with SafetensorsWriter(target / "model.safetensors", layout) as writer, torch.inference_mode():
-        quality = _Pass(source, recipe, writer).run(calibration, held_out, report)
+    with (
+        SafetensorsWriter(target / "model.safetensors", layout) as writer,
+        open_workers(threads) as each,
+        torch.inference_mode(),
+    ):
+        quality = _Pass(source, recipe, writer, each).run(calibration, held_out, report)
     _write_configuration(source, target, recipe)
     return quality
 
 
-def perplexity(decoder: Decoder, texts: Sequence[Tensor]) -> float:
+def perplexity(decoder: Decoder, texts: Sequence[Tensor], threads: int = 0) -> float:
     """exp of the mean negative log-probability of every token but the first of each text of int64 ids."""
-    with torch.inference_mode():
+    with open_workers(threads) as each, torch.inference_mode():
         states = [_embedded(decoder, chunk) for chunk in _chunks(texts)]
         for layer in decoder.layers:
-            for state in states:
-                state.advance(layer)
-        return _perplexity(decoder, states)
+            each(partial(_State.advance, layer=layer), states)
+        return _perplexity(decoder, states, each)
 
 
 class _Stage:
@@ -104,7 +111,8 @@ class _Stage:
         self.names = names
         self._source = source
         self._bias: Tensor | None = None
-        self.weight: Tensor | None = None
+        self._lock = threading.Lock()
+        self.weight: Tensor = _NOTHING
         self.hessian: Tensor | None = None
 
     def load(self) -> None:
@@ -113,14 +121,15 @@ class _Stage:
             self._bias = torch.cat([self._source.tensor(f"{name}.bias") for name in self.names]).float()
 
     def free(self) -> None:
-        self.weight = self.hessian = self._bias = None
+        self.weight, self.hessian, self._bias = _NOTHING, None, None
 
     def __call__(self, rows: Tensor) -> Tensor:
         if self.hessian is not None:
-            self.hessian.addmm_(rows.t(), rows)
-        if self.weight is None:
+            seen = rows.t() @ rows
+            with self._lock:
+                self.hessian += seen
+        if self.weight is _NOTHING:
             self.load()
-        assert self.weight is not None
         return functional.linear(rows, self.weight, self._bias)
 
 
@@ -146,10 +155,11 @@ class _State:
 class _Pass:
     """One walk through the model, writing as it goes."""
 
-    def __init__(self, source: Checkpoint, recipe: Recipe, writer: SafetensorsWriter) -> None:
+    def __init__(self, source: Checkpoint, recipe: Recipe, writer: SafetensorsWriter, each: Each) -> None:
         self._source = source
         self._recipe = recipe
         self._writer = writer
+        self._each = each
         self._stages: list[_Stage] = []
         self._decoder = Decoder(source.config, source.tensor, self._stage)
 
@@ -168,16 +178,12 @@ class _Pass:
             stages = self._stages[4 * index : 4 * index + 4]
             for stage in stages:
                 stage.load()
-            for state in judged_float:
-                state.advance(layer)
+            self._each(partial(_State.advance, layer=layer), judged_float)
             for stage in stages:
-                assert stage.weight is not None
                 stage.hessian = torch.zeros(stage.weight.shape[1], stage.weight.shape[1])
-            for state in learned:
-                state.through(layer)
+            self._each(partial(_State.through, layer=layer), learned)
             quantized = self._quantize(stages)
-            for state in (*learned, *judged):
-                state.advance(layer)
+            self._each(partial(_State.advance, layer=layer), [*learned, *judged])
             self._write_layer(f"model.layers.{index}", stages, quantized)
             for stage in stages:
                 stage.free()
@@ -186,9 +192,9 @@ class _Pass:
         if not self._source.config.tied:
             self._write_float("lm_head.weight")
         report("perplexity", 0, 2)
-        before = _perplexity(decoder, judged_float)
+        before = _perplexity(decoder, judged_float, self._each)
         report("perplexity", 1, 2)
-        after = _perplexity(decoder, judged)
+        after = _perplexity(decoder, judged, self._each)
         report("perplexity", 2, 2)
         return Quality(before, after, sum(map(len, calibration)), sum(len(text) - 1 for text in held_out))
 
@@ -197,31 +203,17 @@ class _Pass:
         recipe = self._recipe
 
         def one(stage: _Stage) -> Codes:
-            # The operations are too small to be shared out over threads; whole stages are not.
-            torch.set_num_threads(1)
-            assert stage.weight is not None
-            assert stage.hessian is not None
-            with torch.inference_mode():
-                codes = quantize(
-                    stage.weight,
-                    stage.hessian,
-                    bits=recipe.bits,
-                    group_size=recipe.group_size,
-                    sym=recipe.sym,
-                    damping=recipe.damping,
-                )
-                stage.hessian = None
-                stage.weight = dequantize_codes(codes, plain_groups(stage.weight.shape[1], recipe.group_size))
-                return codes
+            hessian, stage.hessian = stage.hessian, None
+            assert hessian is not None
+            codes = quantize(
+                stage.weight, hessian, bits=recipe.bits, group_size=recipe.group_size, sym=recipe.sym, damping=recipe.damping
+            )
+            stage.weight = dequantize_codes(codes, plain_groups(stage.weight.shape[1], recipe.group_size))
+            return codes
 
         # The longest first, so that the others fit in beside it.
-        order = sorted(range(len(stages)), key=lambda index: -stages[index].hessian.shape[0])  # type: ignore[union-attr]
-        threads = torch.get_num_threads()
-        try:
-            with ThreadPoolExecutor(min(threads, len(stages))) as pool:
-                done = dict(zip(order, pool.map(one, [stages[index] for index in order]), strict=True))
-        finally:
-            torch.set_num_threads(threads)
+        order = sorted(range(len(stages)), key=lambda index: -stages[index].weight.shape[1])
+        done = dict(zip(order, self._each(one, [stages[index] for index in order]), strict=True))
         return [done[index] for index in range(len(stages))]
 
     def _write_float(self, name: str) -> None:
@@ -266,14 +258,17 @@ def _embedded(decoder: Decoder, texts: Sequence[Tensor]) -> _State:
     return _State(decoder.embed(torch.cat(list(texts))), decoder.rotation(positions), attend, texts)
 
 
-def _perplexity(decoder: Decoder, states: Sequence[_State]) -> float:
-    total, count = 0.0, 0
-    for state in states:
-        for hidden, text in zip(state.hidden.split_with_sizes([len(text) for text in state.texts]), state.texts, strict=True):
-            scores = decoder.logits(hidden[:-1])
-            total += float(functional.cross_entropy(scores, text[1:], reduction="sum"))
-            count += len(text) - 1
-    return math.exp(total / max(count, 1))
+def _perplexity(decoder: Decoder, states: Sequence[_State], each: Each) -> float:
+    def loss(part: tuple[Tensor, Tensor]) -> float:
+        hidden, text = part
+        return float(functional.cross_entropy(decoder.logits(hidden[:-1]), text[1:], reduction="sum"))
+
+    parts = [
+        part
+        for state in states
+        for part in zip(state.hidden.split_with_sizes([len(text) for text in state.texts]), state.texts, strict=True)
+    ]
+    return math.exp(sum(each(loss, parts)) / max(1, sum(len(text) - 1 for _, text in parts)))
 
 
 def _layout(source: Checkpoint, recipe: Recipe) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
