@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from agentops.clock import Clock, SystemClock
-from agentops.errors import ConstraintInvalid, EngineClosed, InputTooLarge, PromptTooLong
+from agentops.engine.limits import check_request, check_score_request
+from agentops.errors import ConstraintInvalid, EngineClosed, PromptTooLong
 from agentops.records import (
     ChoiceScore,
     Constraint,
@@ -99,6 +100,7 @@ class ScriptedEngine:
         """
         begin = self._clock.monotonic_ns()
         self._check_open()
+        check_request(request, self._input_bytes)
         prompt, trimmed = self._prompt(request)
         _check_constraint(request.constraint)
         self.requests.append(request)
@@ -138,6 +140,7 @@ class ScriptedEngine:
         """As `Engine.score`; a choice's total is spread evenly over its tokens."""
         begin = self._clock.monotonic_ns()
         self._check_open()
+        check_score_request(request, self._input_bytes)
         self.score_requests.append(request)
         await asyncio.sleep(self._delay_s)
         prompt, _ = self._prompt(Request(messages=request.messages, text=request.text, max_tokens=0))
@@ -163,15 +166,8 @@ class ScriptedEngine:
 
     def _prompt(self, request: Request) -> tuple[tuple[str, ...], int]:
         text = request.text
-        if (text is None) == (not request.messages):
-            raise ValueError("a request has either messages or text")
         if text is None:
             text = "\n".join(f"{message.role}: {message.content}" for message in request.messages)
-        if len(text.encode()) > self._input_bytes:
-            raise InputTooLarge(
-                f"the input has {len(text.encode()):,} bytes, the limit is {self._input_bytes:,}",
-                hint="shorten the input, or raise engine.input_bytes",
-            )
         tokens = _tokens(text)
         room = self._context_tokens - request.max_tokens
         if len(tokens) <= room:
@@ -238,7 +234,7 @@ def _check_constraint(constraint: Constraint | None) -> None:
         "choice": isinstance(value, Iterable)
         and not isinstance(value, str)
         and bool(value)
-        and all(isinstance(v, str) for v in value),
+        and all(isinstance(v, str) and v for v in value),
     }[constraint.kind]
     if not sound:
         raise ConstraintInvalid(f"not a valid {constraint.kind} constraint: {value!r}", hint="see agentops.records.Constraint")
