@@ -99,10 +99,11 @@ def _read_input(text: str | None, file: Path | None) -> str:
 
 @contextlib.contextmanager
 def _runtime(flags: dict[str, Any]) -> Iterator[Any]:
+    from agentops.cli.progress import stages
     from agentops.runtime import Runtime
     from agentops.settings import load_settings
 
-    with Runtime(load_settings(flags)) as runtime:
+    with stages() as progress, Runtime(load_settings(flags), progress=progress) as runtime:
         yield runtime
 
 
