@@ -145,14 +145,7 @@ class EmbeddedIndex:
         with self._catalog.turn():
             with self._catalog.writing() as db:
                 number = self._make(db, collection, embedder)
-                present = {
-                    row["id"]: row
-                    for row in db.execute(
-                        "SELECT seq, id, hash, embedded, metadata FROM document"
-                        " WHERE collection = ? AND id IN (SELECT value FROM json_each(?))",
-                        (number, json.dumps(list(rows))),
-                    )
-                }
+                present = {key: old for key in rows if (old := _stored(db, number, key)) is not None}
                 changed: list[_Row] = []
                 for key, row in rows.items():
                     if key not in present:
@@ -187,11 +180,7 @@ class EmbeddedIndex:
         with self._catalog.turn():
             with self._catalog.writing() as db:
                 number = self._find(db, collection)["number"]
-                found = db.execute(
-                    "SELECT seq FROM document WHERE collection = ? AND id IN (SELECT value FROM json_each(?))",
-                    (number, json.dumps(list(ids))),
-                )
-                seqs = [seq for (seq,) in found]
+                seqs = [row["seq"] for key in dict.fromkeys(ids) if (row := _stored(db, number, key)) is not None]
                 if seqs:
                     _remove(db, number, _rise(db, number), seqs)
             self._follow(number)
@@ -230,16 +219,17 @@ class EmbeddedIndex:
 
     def _search(self, query: Query) -> Retrieval:
         self._check_open()
-        words = terms(query.text[:_QUERY_CHARACTERS]) if query.mode != "vector" else []
+        text = _unicode(query.text[:_QUERY_CHARACTERS])
+        words = terms(text) if query.mode != "vector" else []
         vector: NDArray[np.float32] | None = None
         embed_ms = 0.0
         begun = self._clock.monotonic_ns()
-        wanted = query.k > 0 and bool(query.text.strip())
+        wanted = query.k > 0 and bool(text.strip())
         if wanted and query.mode != "lexical":
             with self._reading(query.collection) as (_, row):
                 self._check_match(row, self._open_embedder())
             begun = self._clock.monotonic_ns()
-            vector = self._open_embedder().embed([query.text])[0]
+            vector = self._open_embedder().embed([text])[0]
             embed_ms = (self._clock.monotonic_ns() - begun) / 1e6
             begun = self._clock.monotonic_ns()
         for _ in range(5):
@@ -284,8 +274,11 @@ class EmbeddedIndex:
             best = fuse(*legs)[: query.k]
         else:
             best = [(key, place.score) for leg in legs for key, place in leg.items()][: query.k]
-        stored = _documents(db, number, [key for key, _ in best])
-        return tuple(Hit(stored[key], score, vector=legs[0].get(key), lexical=legs[1].get(key)) for key, score in best)
+        return tuple(
+            Hit(_document(stored), score, vector=legs[0].get(key), lexical=legs[1].get(key))
+            for key, score in best
+            if (stored := _stored(db, number, key)) is not None
+        )
 
     def _matrix(self, db: sqlite3.Connection, number: int, generation: int, dimensions: int) -> _Matrix:
         with self._lock:
@@ -389,7 +382,7 @@ class EmbeddedIndex:
             yield db, self._find(db, collection)
 
     def _find(self, db: sqlite3.Connection, collection: str) -> sqlite3.Row:
-        row: sqlite3.Row | None = db.execute("SELECT * FROM collection WHERE name = ?", (collection,)).fetchone()
+        row: sqlite3.Row | None = db.execute("SELECT * FROM collection WHERE name = ?", (_unicode(collection),)).fetchone()
         if row is None:
             raise _not_found(collection, [name for (name,) in db.execute("SELECT name FROM collection ORDER BY name")])
         return row
@@ -449,6 +442,11 @@ class _Row:
         return (self.hash, self.embedded, self.metadata) == (stored["hash"], stored["embedded"], stored["metadata"])
 
 
+def _unicode(text: str) -> str:
+    """The text with lone surrogates, which no library below takes, as question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _as_floats(values: Sequence[bytes]) -> NDArray[np.float32]:
     return np.frombuffer(b"".join(values), "<f4").reshape(len(values), -1).astype(np.float32, copy=False)
 
@@ -486,9 +484,11 @@ def _remove(db: sqlite3.Connection, number: int, generation: int, seqs: Sequence
     db.executemany("DELETE FROM document WHERE seq = ?", ((seq,) for seq in seqs))
 
 
-def _documents(db: sqlite3.Connection, number: int, ids: Sequence[str]) -> dict[str, Document]:
-    listing = "SELECT * FROM document WHERE collection = ? AND id IN (SELECT value FROM json_each(?))"
-    return {row["id"]: _document(row) for row in db.execute(listing, (number, json.dumps(list(ids))))}
+def _stored(db: sqlite3.Connection, number: int, key: str) -> sqlite3.Row | None:
+    row: sqlite3.Row | None = db.execute(
+        "SELECT * FROM document WHERE collection = ? AND id = ?", (number, _unicode(key))
+    ).fetchone()
+    return row
 
 
 def _document(row: sqlite3.Row) -> Document:

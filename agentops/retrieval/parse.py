@@ -77,6 +77,8 @@ class _Writer:
             self.blocks.append(Section(start, end, " > ".join(name for _, name in self.path), page))
 
     def _append(self, text: str) -> tuple[int, int]:
+        # Lone surrogates: references to characters that are none.
+        text = text.encode("utf-8", "replace").decode()
         start = self.length
         self.parts.append(text)
         self.length += len(text) + 2
@@ -90,7 +92,7 @@ class _Writer:
             sections += [Section(group[0].start, group[-1].end, heading, page) for group in _contiguous(list(run))]
         if not sections and text.strip():
             sections.append(Section(0, len(text)))
-        return Parsed(title, text, tuple(sections))
+        return Parsed(" ".join(title.encode("utf-8", "replace").decode().split()), text, tuple(sections))
 
 
 def _contiguous(blocks: list[Section]) -> list[list[Section]]:
@@ -364,7 +366,7 @@ def _pdf(data: bytes, name: str) -> Parsed:
 
 def _unwrapped(text: str) -> str:
     """Lines of a page joined where they were only wrapped: hyphens at line ends go, full lines flow into the next."""
-    text = text.encode("utf-8", "replace").decode().replace("\0", "")
+    text = text.replace("\0", "")
     text = re.sub(r"(?<=[a-z])[-\u00ad]\n(?=[a-z])", "", text)
     lines = [line.strip() for line in text.splitlines()]
     full = 0.6 * max(map(len, lines), default=0)
