@@ -1,0 +1,153 @@
+"""Sampling, grammars and text that appears piece by piece."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from tiny_model import write_tiny_model
+
+from agentops.engine.checkpoint import open_checkpoint
+from agentops.engine.sampler import Sampler, compile_constraint, log_probabilities
+from agentops.engine.tokenizer import ChatTokenizer
+from agentops.records import Constraint, Message
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return ChatTokenizer(open_checkpoint(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")))
+
+
+def sampler(*, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0) -> Sampler:
+    return Sampler(temperature=temperature, top_p=top_p, top_k=top_k, generator=np.random.default_rng(seed))
+
+
+LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+
+
+def shares(drawn: Sampler, draws: int = 4000) -> list[float]:
+    counts = np.bincount([drawn.choose(LOGITS)[0] for _ in range(draws)], minlength=4)
+    return [float(count) / draws for count in counts]
+
+
+def test_greedy_takes_the_likeliest_and_tells_its_logarithm() -> None:
+    token, logprob, over = sampler().choose(LOGITS)
+    assert (token, over) == (0, False)
+    assert logprob == pytest.approx(np.log(0.5), abs=1e-6)
+
+
+def test_drawing_follows_the_shares() -> None:
+    assert shares(sampler(temperature=1.0)) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.04)
+    assert shares(sampler(temperature=0.5)) == pytest.approx(np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365, abs=0.04)
+
+
+def test_top_k_and_top_p_cut_the_tail() -> None:
+    assert shares(sampler(temperature=1.0, top_k=2)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.04)
+    assert shares(sampler(temperature=1.0, top_p=0.75)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.04)
+    assert shares(sampler(temperature=1.0, top_p=0.4)) == [1, 0, 0, 0]
+    assert shares(sampler(temperature=1.0, top_p=0.81))[3] == 0
+
+
+def test_a_seed_fixes_the_draws() -> None:
+    def draw(seed: int) -> list[int]:
+        drawn = sampler(temperature=1.0, seed=seed)
+        return [drawn.choose(LOGITS)[0] for _ in range(30)]
+
+    assert draw(5) == draw(5) != draw(6)
+
+
+def test_log_probabilities_of_rows() -> None:
+    found = log_probabilities(np.stack([LOGITS, LOGITS + 100]), np.array([1, 3]))
+    assert found == pytest.approx(np.log([0.3, 0.05]), abs=1e-4)
+
+
+def write(tokenizer: ChatTokenizer, text: str, stop: tuple[str, ...] = ()) -> tuple[list[str], str, bool]:
+    writer = tokenizer.writer(tokenizer.encode("the"), stop)
+    pieces = []
+    for token in tokenizer.encode_more(text):
+        pieces.append(writer.add(token))
+        if writer.stopped:
+            break
+    pieces.append(writer.finish())
+    assert "".join(pieces) == writer.text
+    return pieces, writer.text, writer.stopped
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=30))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_pieces_never_split_a_character_and_add_up(tokenizer: ChatTokenizer, text: str) -> None:
+    pieces, whole, _ = write(tokenizer, text)
+    assert whole == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_unfinished_character_is_dropped(tokenizer: ChatTokenizer) -> None:
+    writer = tokenizer.writer([], ())
+    for token in tokenizer.encode_more("ok 😀")[:-1]:
+        writer.add(token)
+    writer.finish()
+    assert writer.text.strip() == "ok"
+
+
+@given(
+    text=st.text("abc \n", max_size=30),
+    stop=st.lists(st.text("abc \n", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+@hypothesis_settings(max_examples=300, deadline=None)
+def test_text_ends_before_the_first_stop_string(tokenizer: ChatTokenizer, text: str, stop: list[str]) -> None:
+    _, whole, stopped = write(tokenizer, text, tuple(stop))
+    found = [text.index(end) for end in stop if end in text]
+    assert stopped == bool(found)
+    if not found:
+        assert whole == text
+    else:
+        assert text.startswith(whole)
+        assert not any(end in whole for end in stop)
+        assert any(text.startswith(end, len(whole)) for end in stop)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "fits", "fails"),
+    [
+        (Constraint("choice", ["yes", "no", 'a "b"\nc\\']), ["yes", "no", 'a "b"\nc\\'], ["maybe", "ye", "yess"]),
+        (Constraint("choice", ("ja", "ja doch")), ["ja", "ja doch"], ["doch"]),
+        (Constraint("regex", "[a-c]{2}|näin"), ["ab", "näin"], ["a", "abc", "zz"]),
+        (Constraint("json_schema", {"enum": ["x", 1]}), ['"x"', "1"], ["x", "2"]),
+        (
+            Constraint("json_schema", {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}),
+            ["[]", "[true, false]"],
+            ["[true,false]", "[true, true, true]", "[ ]"],
+        ),
+    ],
+    ids=str,
+)
+def test_a_grammar_lets_through_what_fits_and_nothing_else(
+    tokenizer: ChatTokenizer, constraint: Constraint, fits: list[str], fails: list[str]
+) -> None:
+    def passes(text: str) -> bool:
+        grammar = compile_constraint(constraint, tokenizer.grammar_tokenizer)
+        over = False
+        for token in [*tokenizer.encode_more(text), min(tokenizer.eos)]:
+            if over:
+                return token in tokenizer.eos
+            if not grammar.allowed(384)[token]:
+                return False
+            over = grammar.accept(token)
+        return True
+
+    assert [passes(text) for text in fits] == [True] * len(fits)
+    assert [passes(text) for text in fails] == [False] * len(fails)
+
+
+def test_a_conversation_is_cut_from_its_oldest_end(tokenizer: ChatTokenizer) -> None:
+    turns = [Message("system", "yes"), Message("user", "one two three " * 20), Message("user", "the lazy dog " * 20)]
+    whole = tokenizer.encode_chat(turns)
+    assert tokenizer.trim_chat(turns, len(whole)) == whole
+    assert tokenizer.trim_chat(turns, len(whole) - 1) == tokenizer.encode_chat([turns[0], turns[2]])
+    cut = tokenizer.trim_chat(turns, 40)
+    assert cut is not None
+    assert 30 < len(cut) <= 40
+    assert cut[:8] == tokenizer.encode_chat(turns)[:8]
+    assert tokenizer.trim_chat(turns[:1], 3) is None
