@@ -103,7 +103,7 @@ class Store:
         ids = table(name).c.id
         exact = self._all(select(table(name)).where(ids == prefix))
         start = prefix if prefix.startswith(kind) else kind + prefix.upper()
-        found = exact or self._all(select(table(name)).where(ids.startswith(start, autoescape=True)).order_by(ids).limit(4))
+        found = exact or self._all(select(table(name)).where(ids >= start, ids < start + "\U0010ffff").order_by(ids).limit(4))
         if not prefix or not found:
             raise RunNotFound(f"no {name} is called '{prefix}'", hint="list what there is with: agentops runs")
         if len(found) > 1:

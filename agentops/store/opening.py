@@ -140,6 +140,8 @@ def migrate(path: Path, timeout_s: float) -> None:
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
+    # What people asked and got is in it: for its owner's eyes only.
+    path.touch(mode=0o600)
     engine = _writer(path, timeout_s)
     try:
         with engine.begin() as connection:

@@ -296,6 +296,11 @@ def test_folders_with_awkward_names(tmp_path: Path, folder: str) -> None:
     assert (tmp_path / folder / "record.db").exists()
 
 
+def test_the_record_is_for_its_owner_only(settings: Settings) -> None:
+    apply(settings, run_event("run_1", 1))
+    assert (settings.paths.home / "record.db").stat().st_mode & 0o077 == 0
+
+
 def test_a_home_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RecordError) as caught:

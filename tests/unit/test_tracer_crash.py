@@ -308,3 +308,57 @@ def test_two_processes_drain_side_by_side_without_a_double(settings: Settings) -
         for name in range(2):
             assert store.run(f"run_{name}").status == "crashed"
             assert store.balance(f"run_{name}").balanced
+
+
+_KILLED_RECOVERIES = """
+import os, random, signal, sys, time
+import agentops.store
+from agentops.clock import SystemClock, UlidSource
+from agentops.settings import load_settings
+from agentops.tracer import catch_up, open_tracer, span
+settings, dice = load_settings(), random.Random(5)
+for name in range(4):
+    tracer = open_tracer(settings, clock=SystemClock(), ids=UlidSource())
+    tracer.drainer.close()
+    run = tracer.start_run(run_id=f"run_{name}", thread_id="th_1", graph="g", input={"x": name})
+    with run.active():
+        for number in range(700):
+            with span("tool", "t", input={"n": number}):
+                pass
+    if name != 3:
+        run.end("done")
+    tracer.journal.close()
+killed = 0
+for round_ in range(30):
+    child = os.fork()
+    if child == 0:
+        catch_up(settings)
+        os._exit(0)
+    time.sleep(dice.random() * 0.15)
+    os.kill(child, signal.SIGKILL)
+    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+print(killed)
+"""
+
+
+def test_recoveries_that_are_killed_too_lose_and_double_nothing(settings: Settings) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _KILLED_RECOVERIES],
+        env=environment(settings),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) >= 3, "hardly any recovery was caught at work"
+    with record(settings) as store:
+        assert {row.id: row.status for row in store.runs()} == {
+            "run_0": "done",
+            "run_1": "done",
+            "run_2": "done",
+            "run_3": "crashed",
+        }
+        for row in store.runs():
+            spans = store.spans(row.id)
+            assert sorted(one.seq for one in spans) == list(range(1, 702))
+            assert store.payload(str(spans[5].input_hash))["n"] == spans[5].seq - 2
+    assert segments(settings) == []
