@@ -23,7 +23,7 @@ _NOT_AFTER = "".join(rf"(?<!\b{form}\.)" for form in _forms(_ABBREVIATIONS))
 _NOT_BETWEEN = "|".join(rf"(?<=\b{form}\.)" for form in _forms(_BEFORE_NUMBERS))
 
 SENTENCE_GAP = (
-    rf"(?<=[.!?…]){_NOT_AFTER}(?!(?:{_NOT_BETWEEN})\s+[\d(])"
+    rf"(?<=[.!?…])(?=\s){_NOT_AFTER}(?!(?:{_NOT_BETWEEN})\s+[\d(])"
     r"(?<!\b[A-Z]\.)(?<!^\d\.)(?<!\n\d\.)(?<!\n\d\d\.)\s+(?=[^a-z\s])"
     r"|(?<=[.!?…][\"'”’»)\]])\s+(?=[^a-z\s])"
     r"|(?<=\s[.!?])\s+"
