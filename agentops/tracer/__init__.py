@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from agentops.tracer.drain import catch_up
 from agentops.tracer.payload import to_plain
-from agentops.tracer.trace import Handle, RunTrace, Span, Tracer, open_tracer, span, tagged
+from agentops.tracer.recorder import Tracer, open_tracer
+from agentops.tracer.trace import Handle, RunTrace, Span, span, tagged
 from agentops.tracer.wrappers import TracedEngine, TracedRetriever
 
 __all__ = [

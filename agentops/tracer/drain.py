@@ -168,7 +168,8 @@ class Drainer:
 
     def finish(self) -> None:
         """The last drain, after the journal was closed. Does not wait long: the next process takes over what is left."""
-        self.attempt(timeout_s=_CLOSING_WAIT_S)
+        if self._journal.size:
+            self.attempt(timeout_s=_CLOSING_WAIT_S)
 
 
 def catch_up(settings: Settings) -> None:

@@ -108,10 +108,12 @@ class Journal:
         self.size += len(frames)
 
     def close(self) -> None:
-        """Gives the segment up: whoever drains next may delete it. Closing twice is harmless."""
+        """Gives the segment up: whoever drains next may delete it; an empty one goes now. Closing twice is harmless."""
         with self._lock:
             if not self._closed and not self._orphan:
                 self._reserve.unlink(missing_ok=True)
+                if self.size == 0:
+                    self.path.unlink(missing_ok=True)
                 os.close(self._fd)
             self._closed = True
 

@@ -8,12 +8,9 @@ This module knows no SQL; of LangGraph it only knows where the current run is fo
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 import threading
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +19,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from agentops.clock import Clock, Ids
 from agentops.errors import JournalFull
 from agentops.records import (
     PromptVersion,
@@ -35,20 +31,15 @@ from agentops.records import (
     Token,
     Usage,
 )
-from agentops.settings import Settings
-from agentops.tracer.journal import Event, Journal
-from agentops.tracer.payload import encode
+from agentops.tracer.journal import Event
 
 if TYPE_CHECKING:
-    from agentops.tracer.drain import Drainer
+    from agentops.tracer.recorder import Tracer
     from agentops.tracer.taps import Taps
-
-log = logging.getLogger("agentops.tracer")
 
 LiveEvent = StepStarted | StepEnded | Token
 _NOTHING: Any = object()
 _STACK_CHARACTERS = 20_000
-_KNOWN_PAYLOADS = 20_000
 
 
 class Span:
@@ -212,7 +203,7 @@ class RunTrace:
             JournalFull: nothing was started.
         """
         events = [self._row]
-        if payload is not _NOTHING:
+        if payload is not None:
             self._row["input_hash"] = self.tracer.payload(payload, events)
         self._root = self._make("workflow", name, None)
         self._root.row["input_hash"] = self._row.get("input_hash")
@@ -479,120 +470,3 @@ def _message(error: BaseException | str) -> str:
 def _line(text: str) -> str:
     first = text.strip().split("\n", 1)[0]
     return first if len(first) <= 200 else first[:199] + "…"
-
-
-class Tracer:
-    """Owns this process's journal and the thread that drains it. Make it with `open_tracer`."""
-
-    def __init__(self, settings: Settings, journal: Journal, *, clock: Clock, ids: Ids, drainer: Drainer | None = None) -> None:
-        self.settings = settings
-        self.journal = journal
-        self.clock = clock
-        self.ids = ids
-        self.drainer = drainer
-        self.faults = 0
-        self._lock = threading.Lock()
-        self._known: OrderedDict[str, None] = OrderedDict()
-
-    def start_run(
-        self,
-        *,
-        run_id: str,
-        thread_id: str,
-        graph: str,
-        input: Any = None,
-        settings: Mapping[str, Any] | None = None,
-        resumed: bool = False,
-        tags: tuple[str, ...] = (),
-    ) -> RunTrace:
-        """Writes that the run is running, then gives the trace to record it with.
-
-        A resumed run keeps what was stored when it began (graph, input, time of start); it gets one more workflow span,
-        whose input is what it was resumed with.
-
-        Raises:
-            JournalFull: the run must not start.
-        """
-        now_ns = self.clock.now_ns()
-        row: Event = {
-            "t": "run",
-            "ns": now_ns,
-            "id": run_id,
-            "thread_id": thread_id,
-            "graph": graph,
-            "status": "running",
-            "started_ns": now_ns,
-            "pid": os.getpid(),
-            "segment": self.journal.segment,
-            "settings": dict(settings or {}),
-            "tags": list(tags),
-        }
-        run = RunTrace(self, row)
-        run.start(f"{graph} (resumed)" if resumed else graph, input)
-        return run
-
-    def close(self) -> None:
-        """Drains what can be drained in a short time, and gives the journal up. Closing twice is harmless."""
-        if self.drainer is not None:
-            self.drainer.close()
-        self.journal.close()
-        if self.drainer is not None:
-            self.drainer.finish()
-
-    def flush(self) -> bool:
-        """Drains now, waiting for the store at most `record.lock_timeout_s`; False when it did not take the events."""
-        if self.drainer is None:
-            return False
-        return self.drainer.attempt(timeout_s=self.settings.record.lock_timeout_s)
-
-    def fault(self) -> None:
-        with self._lock:
-            self.faults += 1
-            first = self.faults == 1
-        if first:
-            log.warning("an event could not be recorded as it should be; the run goes on", exc_info=True)
-
-    def write(self, events: list[Event], *, last_word: bool = False) -> None:
-        try:
-            self.journal.append(*events, last_word=last_word)
-        except JournalFull:
-            # What these events were to bring into the store has to be brought again.
-            with self._lock:
-                for event in events:
-                    key = f"{event['name']}\0{event['version']}" if event["t"] == "prompt" else str(event.get("hash", ""))
-                    self._known.pop(key, None)
-            raise
-
-    def payload(self, value: Any, events: list[Event]) -> str:
-        """The hash of a value's JSON; adds an event with the content unless this process wrote it before."""
-        found = encode(value, self.settings.record.payload_bytes)
-        if self._new(found.hash):
-            ns = self.clock.now_ns()
-            events.insert(0, {"t": "payload", "ns": ns, "hash": found.hash, "data": found.data, "truncated": found.truncated})
-        return found.hash
-
-    def prompt(self, prompt: PromptVersion, events: list[Event]) -> None:
-        if self._new(f"{prompt.name}\0{prompt.version}"):
-            events.insert(0, {"t": "prompt", "ns": self.clock.now_ns(), **asdict(prompt)})
-
-    def _new(self, key: str) -> bool:
-        with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-                return False
-            self._known[key] = None
-            if len(self._known) > _KNOWN_PAYLOADS:
-                self._known.popitem(last=False)
-            return True
-
-
-def open_tracer(settings: Settings, *, clock: Clock, ids: Ids) -> Tracer:
-    """A tracer for this process, with its journal in `<paths.home>/journal`, drained in the background.
-
-    Raises:
-        JournalFull: the folder cannot be written.
-    """
-    from agentops.tracer.drain import Drainer
-
-    journal = Journal(settings.paths.home / "journal")
-    return Tracer(settings, journal, clock=clock, ids=ids, drainer=Drainer(settings, journal))

@@ -11,11 +11,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from agentops.records import Delta, Generation, ModelInfo, Query, Request, Retrieval, ScoreRequest, Scores, SpanStatus
-from agentops.tracer.trace import RunTrace, Span, Tracer, locate
+from agentops.tracer.trace import RunTrace, Span, locate
 
 if TYPE_CHECKING:
     from agentops.engine import Engine
     from agentops.retrieval import Retriever
+    from agentops.tracer.recorder import Tracer
 
 
 class TracedEngine:

@@ -124,6 +124,7 @@ def test_many_threads_append_whole_records(journal: Journal) -> None:
 
 def test_a_living_owner_cannot_be_claimed_and_a_dead_one_can(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
+    journal.append({"a": 1})
     assert claim(journal.path) is None
     journal.close()
     fd = claim(journal.path)
@@ -180,6 +181,11 @@ def test_a_closed_journal_takes_nothing(journal: Journal) -> None:
     with pytest.raises(JournalFull, match="closed"):
         journal.append({"a": 2})
     assert events_in(journal.path) == [{"a": 1}]
+
+
+def test_a_journal_that_was_not_used_leaves_nothing(tmp_path: Path) -> None:
+    Journal(tmp_path).close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
