@@ -13,9 +13,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from agentops.engine.checkpoint import Checkpoint, DecoderConfig, expected_shapes
-from agentops.engine.decoder import Attend, Decoder, Layer, causal_attention
+from agentops.engine.decoder import Attend, Decoder, Layer, Linear, causal_attention
 from agentops.engine.gptq import Codes, Packed, dequantize_codes, group_count, pack, plain_groups, quantize
 from agentops.engine.safetensors_stream import SafetensorsWriter
 from agentops.engine.workers import Each, open_workers
@@ -105,15 +104,13 @@ def perplexity(decoder: Decoder, texts: Sequence[Tensor], threads: int = 0) -> f
 
 
 class _Stage:
-    """A linear layer that is loaded when its turn comes, records the inputs it sees, and is quantized in place."""
+    """A linear layer that is loaded when its turn comes and quantized in place."""
 
     def __init__(self, names: tuple[str, ...], source: Checkpoint) -> None:
         self.names = names
         self._source = source
         self._bias: Tensor | None = None
-        self._lock = threading.Lock()
         self.weight: Tensor = _NOTHING
-        self.hessian: Tensor | None = None
 
     def load(self) -> None:
         self.weight = torch.cat([self._source.tensor(f"{name}.weight") for name in self.names]).float()
@@ -121,13 +118,9 @@ class _Stage:
             self._bias = torch.cat([self._source.tensor(f"{name}.bias") for name in self.names]).float()
 
     def free(self) -> None:
-        self.weight, self.hessian, self._bias = _NOTHING, None, None
+        self.weight, self._bias = _NOTHING, None
 
     def __call__(self, rows: Tensor) -> Tensor:
-        if self.hessian is not None:
-            seen = rows.t() @ rows
-            with self._lock:
-                self.hessian += seen
         if self.weight is _NOTHING:
             self.load()
         return functional.linear(rows, self.weight, self._bias)
@@ -139,14 +132,30 @@ class _State:
     def __init__(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend, texts: Sequence[Tensor]) -> None:
         self.hidden = hidden
         self.texts = texts
+        self.seen: list[Tensor] = []
         self._rotation = rotation
         self._attend = attend
 
-    def through(self, layer: Layer) -> Tensor:
-        return layer(self.hidden, self._rotation, self._attend)
-
     def advance(self, layer: Layer) -> None:
-        self.hidden = self.through(layer)
+        self.hidden = layer(self.hidden, self._rotation, self._attend)
+
+    def record(self, layer: Layer) -> None:
+        """Leaves in `seen` what each of the layer's stages is given."""
+        self.seen = []
+
+        def watched(stage: Linear) -> Linear:
+            def call(rows: Tensor) -> Tensor:
+                self.seen.append(rows)
+                return stage(rows)
+
+            return call
+
+        def last(rows: Tensor) -> Tensor:
+            self.seen.append(rows)
+            return torch.zeros_like(self.hidden)
+
+        watching = replace(layer, qkv=watched(layer.qkv), o=watched(layer.o), gate_up=watched(layer.gate_up), down=last)
+        watching(self.hidden, self._rotation, self._attend)
 
     def copy(self) -> _State:
         return _State(self.hidden, self._rotation, self._attend, self.texts)
@@ -179,10 +188,8 @@ class _Pass:
             for stage in stages:
                 stage.load()
             self._each(partial(_State.advance, layer=layer), judged_float)
-            for stage in stages:
-                stage.hessian = torch.zeros(stage.weight.shape[1], stage.weight.shape[1])
-            self._each(partial(_State.through, layer=layer), learned)
-            quantized = self._quantize(stages)
+            self._each(partial(_State.record, layer=layer), learned)
+            quantized = self._quantize(stages, learned)
             self._each(partial(_State.advance, layer=layer), [*learned, *judged])
             self._write_layer(f"model.layers.{index}", stages, quantized)
             for stage in stages:
@@ -198,22 +205,27 @@ class _Pass:
         report("perplexity", 2, 2)
         return Quality(before, after, sum(map(len, calibration)), sum(len(text) - 1 for text in held_out))
 
-    def _quantize(self, stages: Sequence[_Stage]) -> list[Codes]:
+    def _quantize(self, stages: Sequence[_Stage], learned: Sequence[_State]) -> list[Codes]:
         """Every stage's codes; its weight becomes what they stand for."""
         recipe = self._recipe
 
-        def one(stage: _Stage) -> Codes:
-            hessian, stage.hessian = stage.hessian, None
-            assert hessian is not None
+        def one(index: int) -> Codes:
+            stage = stages[index]
+            inputs = stage.weight.shape[1]
+            hessian = torch.zeros(inputs, inputs)
+            for state in learned:
+                hessian.addmm_(state.seen[index].t(), state.seen[index])
             codes = quantize(
                 stage.weight, hessian, bits=recipe.bits, group_size=recipe.group_size, sym=recipe.sym, damping=recipe.damping
             )
-            stage.weight = dequantize_codes(codes, plain_groups(stage.weight.shape[1], recipe.group_size))
+            stage.weight = dequantize_codes(codes, plain_groups(inputs, recipe.group_size))
             return codes
 
         # The longest first, so that the others fit in beside it.
         order = sorted(range(len(stages)), key=lambda index: -stages[index].weight.shape[1])
-        done = dict(zip(order, self._each(one, [stages[index] for index in order]), strict=True))
+        done = dict(zip(order, self._each(one, order), strict=True))
+        for state in learned:
+            state.seen = []
         return [done[index] for index in range(len(stages))]
 
     def _write_float(self, name: str) -> None:
