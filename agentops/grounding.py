@@ -22,6 +22,8 @@ from agentops.retrieval.analysis import terms
 QUESTION_CHARACTERS = 1_500
 """Of a longer question the end is measured, which is where pasted text is followed by what is asked."""
 
+__all__ = ["Lift", "Relevance", "coverage", "lifts", "numbers_missing", "rarity", "relevance", "terms"]
+
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 

@@ -20,7 +20,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 
 from agentops import Context
-from agentops.grounding import coverage, numbers_missing
+from agentops.grounding import coverage, numbers_missing, terms
 from agentops.text import split_sentences
 
 EVIDENCE = 4
@@ -29,8 +29,8 @@ RELEVANT = 1.4
 """Least relevance of a sentence that can answer a question."""
 SUPPORTED = 0.75
 """Least share of a sentence's content words that its source must have."""
-ON_TOPIC = 0.6
-"""Least relevance of an answer, as a share of the relevance of the best evidence."""
+KEPT = 0.5
+"""Least share of what the best source adds to the question (its other content words) that an answer must keep."""
 RETURNS = 2
 """How often the critic sends a draft back."""
 
@@ -105,27 +105,31 @@ async def write(state: State, runtime: Runtime[Context]) -> State:
         return {"draft": evidence[0]["text"]}
     text = "\n".join(one["text"] for one in (evidence[:1] if returns else evidence))
     made = await runtime.context.ask("rag_write", max_tokens=64, stop=["\n"], text=text, question=state["query"])
-    return {"draft": " ".join(split_sentences(made.text)[:1])}
+    return {"draft": " ".join(split_sentences(made.text.removeprefix("A: "))[:1])}
 
 
 async def critic(state: State, runtime: Runtime[Context]) -> State:
-    """Every sentence must be carried by a source and be about the question; what passes is cited."""
-    evidence, answer, cited = state["evidence"], [], []
-    for sentence in split_sentences(state["draft"]):
+    """Every sentence must be carried by a source, and the answer must say what the best source adds to the question."""
+    evidence, draft, cited = state["evidence"], split_sentences(state["draft"]), []
+    for sentence in draft:
         source = max(evidence, key=lambda one: (-len(numbers_missing(sentence, one["text"])), coverage(sentence, one["text"])))
         if wrong := numbers_missing(sentence, source["text"]):
             return _back(state, f"no source has the number {wrong[0]}: {sentence}")
         if coverage(sentence, source["text"]) < SUPPORTED:
             return _back(state, f"no source says this: {sentence}")
-        (about,) = await runtime.context.relevance(state["query"], [f"{source['heading']}: {sentence}"], "rag_relevance")
-        if about.total < ON_TOPIC * evidence[0]["relevance"]:
-            return _back(state, f"this does not answer the question: {sentence}")
-        answer.append(f"{sentence} [{source['n']}]")
         cited.append(source)
-    if not answer:
-        return _back(state, "the draft is empty")
+    if leaves_out(state["draft"], evidence[0]["text"], state["query"]):
+        return _back(state, f"this leaves out what the best source says: {state['draft']}")
+    answer = " ".join(f"{sentence} [{source['n']}]" for sentence, source in zip(draft, cited, strict=True))
     sources: dict[int, Source] = {one["n"]: {"n": one["n"], "source": one["source"], "heading": one["heading"]} for one in cited}
-    return {"verdict": "supported", "answer": " ".join(answer), "sources": list(sources.values()), "feedback": ""}
+    return {"verdict": "supported", "answer": answer, "sources": list(sources.values()), "feedback": ""}
+
+
+def leaves_out(draft: str, source: str, question: str) -> bool:
+    """Whether a draft says too little of what the source adds to the question: other words, and other numbers if it has some."""
+    asked, added = set(terms(question)), numbers_missing(source, question)
+    no_number = bool(added) and len(numbers_missing(" ".join(added), draft)) == len(added)
+    return no_number or coverage(source, draft, lambda term: term not in asked) < KEPT
 
 
 def _back(state: State, feedback: str) -> State:

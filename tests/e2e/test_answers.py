@@ -23,7 +23,7 @@ from agentops.store import open_store
 from agentops.tracer import catch_up
 
 ROOT = Path(__file__).resolve().parents[2]
-ABSTRACTS = 300
+ABSTRACTS = 200
 TOGETHER = 3
 
 pytestmark = pytest.mark.model
