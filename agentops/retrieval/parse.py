@@ -253,7 +253,7 @@ def _inline(token: Token) -> str:
 
 # -- HTML
 
-_UNREAD = ["script", "style", "template", "noscript", "nav", "svg", "iframe", "button", "head"]
+_UNREAD = ["script", "style", "template", "noscript", "nav", "svg", "iframe", "button", "head", "title"]
 _BLOCK_TAGS = (
     "address article aside blockquote body caption dd details div dl dt fieldset figcaption figure footer form header hr html "
     "li main ol p section summary table tbody td tfoot th thead ul"
@@ -343,7 +343,7 @@ def _fenced(code: str) -> str:
 
 def _pdf(data: bytes, name: str) -> Parsed:
     from pypdf import PdfReader
-    from pypdf.errors import PyPdfError
+    from pypdf.errors import DependencyError
 
     writer, title = _Writer(), ""
     try:
@@ -356,11 +356,10 @@ def _pdf(data: bytes, name: str) -> Parsed:
                 writer.block(block, page=number)
     except DocumentError:
         raise
-    except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RecursionError) as error:
-        # On damaged files the library fails in many ways.
+    except DependencyError:
+        raise DocumentError("it is encrypted with AES", hint="install the package 'cryptography', or save a plain copy") from None
+    except Exception as error:  # on damaged files the library fails in any way
         raise DocumentError(f"it is damaged ({type(error).__name__}: {error})") from error
-    except ImportError:
-        raise DocumentError("it is encrypted", hint="save a copy without a password") from None
     return writer.parsed(title if title.isprintable() and title else name)
 
 
