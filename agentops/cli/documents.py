@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,8 +50,13 @@ def ingest(
     What did not change is not embedded again. A file that cannot be read is listed, the others go in; the exit code is 1
     when none could be read.
     """
+    import logging
+
+    from agentops.cli.render import clean
     from agentops.retrieval.ingest import ingest as ingest_paths
 
+    # What it finds wrong with a file is in the list of problems.
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     settings = _settings(
         {
             "retrieval.collection": collection,
@@ -60,6 +67,9 @@ def ingest(
     )
     if settings.retrieval.overlap_tokens >= settings.retrieval.chunk_tokens:
         raise UsageError("neighbouring pieces cannot share more than a whole piece", hint="lower --overlap-tokens")
+    missing = [path for path in paths if not os.path.lexists(Path(path).expanduser())]
+    if len(missing) == len(paths):
+        raise UsageError(f"no such file or folder: {clean(', '.join(missing))}", hint="nothing was read")
     encoder = _encoder(settings)
     with _index(settings, encoder) as index, _progress() as progress:
         report = ingest_paths(
