@@ -84,7 +84,8 @@ async def rewrite(state: State, runtime: Runtime[Context]) -> State:
 async def retrieve(state: State, runtime: Runtime[Context]) -> State:
     """The sentences of the retrieved passages that have most to do with the question, best first."""
     hits = (await runtime.context.search(state["query"])).hits
-    places = [(hit.document.metadata, sentence) for hit in hits for sentence in split_sentences(hit.document.text)]
+    sentences = [(hit.document.metadata, sentence) for hit in hits for sentence in split_sentences(hit.document.text)]
+    places = [(about, sentence) for about, sentence in sentences if "?" not in sentence]  # a question answers nothing
     titled = [f"{about.get('heading') or about.get('title', '')}: {sentence}" for about, sentence in places]
     ranked = await runtime.context.relevance(state["query"], titled, "rag_relevance")
     numbers: dict[tuple[str, str], int] = {}
