@@ -31,6 +31,8 @@ SUPPORTED = 0.75
 """Least share of a sentence's content words that its source must have."""
 KEPT = 0.5
 """Least share of what the best source adds to the question (its other content words) that an answer must keep."""
+DISTINCT = 0.8
+"""Least share of different words among the content words of a sentence that is not quoted."""
 RETURNS = 2
 """How often the critic sends a draft back."""
 
@@ -118,6 +120,8 @@ async def critic(state: State, runtime: Runtime[Context]) -> State:
             return _back(state, f"no source has the number {wrong[0]}: {sentence}")
         if coverage(sentence, source["text"]) < SUPPORTED:
             return _back(state, f"no source says this: {sentence}")
+        if sentence not in source["text"] and len(set(terms(sentence))) < DISTINCT * len(terms(sentence)):
+            return _back(state, f"this repeats itself: {sentence}")
         cited.append(source)
     if leaves_out(state["draft"], evidence[0]["text"], state["query"]):
         return _back(state, f"this leaves out what the best source says: {state['draft']}")

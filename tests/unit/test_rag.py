@@ -67,6 +67,7 @@ def test_a_supported_draft_is_cited(ask: Callable[..., Any], settings: Settings)
         ("Green tea is brewed at 99 degrees.", "no source has the number 99"),
         ("Emperors invented brewing in old China.", "no source says this"),
         ("Cups are washed by hand.", "leaves out what the best source says"),
+        ("Green tea brewed at 80 degrees is tea brewed at 80 degrees of green tea.", "this repeats itself"),
         ("", "leaves out what the best source says"),
     ],
 )
