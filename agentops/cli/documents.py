@@ -18,7 +18,6 @@ from agentops.errors import DocumentError, UsageError
 if TYPE_CHECKING:
     from agentops.records import Hit, Leg, Retrieval
     from agentops.retrieval import Embedder, Index
-    from agentops.retrieval.embed import EncoderEmbedder
     from agentops.retrieval.ingest import IngestReport, Progress
     from agentops.settings import Settings
 
@@ -70,7 +69,7 @@ def ingest(
     missing = [path for path in paths if not os.path.lexists(Path(path).expanduser())]
     if len(missing) == len(paths):
         raise UsageError(f"no such file or folder: {clean(', '.join(missing))}", hint="nothing was read")
-    encoder = _encoder(settings)
+    encoder = _embedder(settings)
     with _index(settings, encoder) as index, _progress() as progress:
         report = ingest_paths(
             list(paths),
@@ -159,19 +158,19 @@ def _settings(flags: dict[str, Any]) -> Settings:
     return load_settings(flags)
 
 
-def _encoder(settings: Settings) -> EncoderEmbedder:
-    from agentops.engine.models import prepare
-    from agentops.retrieval.embed import open_embedder
+def _embedder(settings: Settings) -> Embedder:
+    from agentops.cli.models import progress_shown
+    from agentops.parts import open_embedder
 
-    return open_embedder(prepare(settings.retrieval.embedder, settings), settings.engine.threads)
+    with progress_shown(settings.retrieval.embedder) as progress:
+        return open_embedder(settings, progress)
 
 
 @contextmanager
 def _index(settings: Settings, embedder: Embedder | None = None) -> Iterator[Index]:
-    """The runtime's index, opened without the runtime: these verbs need no graph, which costs seconds to load."""
-    from agentops.retrieval.embedded import open_index
+    from agentops.parts import open_index
 
-    index = open_index(settings.paths.home / "index", embedder or (lambda: _encoder(settings)))
+    index = open_index(settings, embedder or (lambda: _embedder(settings)))
     try:
         yield index
     finally:

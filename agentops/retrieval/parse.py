@@ -24,6 +24,7 @@ MAX_BYTES = 256 << 20
 """Larger files are refused unread."""
 
 _MARKDOWN = frozenset({".md", ".markdown", ".mdown", ".mkd"})
+_TITLE_CHARACTERS = 160
 _TEXT = frozenset({".txt", ".text", ".rst"})
 _HTML = frozenset({".html", ".htm", ".xhtml"})
 SUFFIXES = _MARKDOWN | _TEXT | _HTML | {".pdf"}
@@ -159,10 +160,18 @@ def decode(data: bytes) -> str:
 
 
 def _text(data: bytes, name: str) -> Parsed:
-    writer = _Writer()
-    for block in re.split(r"\n[ \t]*\n", decode(data)):
+    """A first line that stands alone and does not end like a sentence is the title; it stays part of the text."""
+    writer, blocks = _Writer(), re.split(r"\n[ \t]*\n", decode(data).strip("\n"))
+    for block in blocks:
         writer.block(block)
-    return writer.parsed(name)
+    first = blocks[0].strip()
+    titled = (
+        len(blocks) > 1
+        and "\n" not in first
+        and len(first) <= _TITLE_CHARACTERS
+        and not first.endswith((".", "!", "?", ":", ";"))
+    )
+    return writer.parsed(first if titled and first else name)
 
 
 # -- Markdown

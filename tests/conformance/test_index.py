@@ -12,7 +12,7 @@ import pytest
 
 from agentops.errors import CollectionMismatch, CollectionNotFound, DocumentError, RetrievalError
 from agentops.records import Document, Query, Retrieval, SearchMode, content_hash
-from agentops.retrieval import Change, Index
+from agentops.retrieval import Change, Embedder, Index
 from agentops.retrieval.embed import HashEmbedder, open_embedder
 from agentops.retrieval.embedded import open_index
 from agentops.sync import run_sync
@@ -38,9 +38,14 @@ def ids(found: Retrieval) -> list[str]:
     return [hit.document.id for hit in found.hits]
 
 
+@pytest.fixture(scope="module")
+def minilm(embedder_folder: Path) -> Embedder:
+    return open_embedder(embedder_folder)
+
+
 @pytest.fixture(params=["hash", pytest.param("minilm", marks=pytest.mark.model)])
 def index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Index]:
-    embedder = HashEmbedder() if request.param == "hash" else open_embedder(request.getfixturevalue("embedder_folder"))
+    embedder = HashEmbedder() if request.param == "hash" else request.getfixturevalue("minilm")
     opened = open_index(tmp_path / "index", embedder)
     yield opened
     opened.close()

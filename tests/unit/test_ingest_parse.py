@@ -109,6 +109,23 @@ def test_nested_without_end(tmp_path: Path) -> None:
     assert reasons <= {"it is nested too deeply", "it holds no text"}
 
 
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        ("A title alone\n\nThe text follows.", "A title alone"),
+        ("\n\n  A title alone\n\nThe text follows.", "A title alone"),
+        ("A sentence is none.\n\nThe text follows.", "x"),
+        ("Two lines\nare none\n\nThe text follows.", "x"),
+        ("x" * 200 + "\n\nThe text follows.", "x"),
+        ("Nothing follows", "x"),
+    ],
+)
+def test_titles_of_plain_text(tmp_path: Path, text: str, title: str) -> None:
+    document = parsed(tmp_path, "x.txt", text)
+    assert document.title == title
+    assert " ".join(document.text.split()) == " ".join(text.split()), "the title stays part of the text"
+
+
 # -- HTML
 
 

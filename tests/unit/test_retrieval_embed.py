@@ -21,7 +21,7 @@ TEXTS = [
     "Größe, 東京 and 🦊",
     "word " * 700,
     "the same",
-    *(" ".join(["a sentence about lift and drag"] * (1 + n % 9)) for n in range(70)),
+    *(" ".join(["a sentence about lift and drag"] * (1 + n % 9)) for n in range(20)),
 ]
 
 
@@ -76,9 +76,9 @@ def test_the_default_model_knows_meaning(embedder_folder: Path) -> None:
 
 def test_a_text_has_the_same_vector_whatever_is_beside_it(tiny_encoder: Path) -> None:
     embedder = open_embedder(tiny_encoder)
-    together = embedder.embed(TEXTS)
+    together = embedder.embed(TEXTS * 7)
     alone = np.stack([embedder.embed([text])[0] for text in TEXTS])
-    assert np.abs(together - alone).max() < 1e-5
+    assert np.abs(together - np.tile(alone, (7, 1))).max() < 1e-5
     assert embedder.embed([]).shape == (0, embedder.dimensions)
 
 
