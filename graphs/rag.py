@@ -84,19 +84,20 @@ async def rewrite(state: State, runtime: Runtime[Context]) -> State:
 
 
 async def retrieve(state: State, runtime: Runtime[Context]) -> State:
-    """The sentences of the retrieved passages that have most to do with the question, best first."""
+    """The sentences of the retrieved passages that have most to do with the question, best first. Titles and questions
+    say nothing by themselves and are left out."""
     hits = (await runtime.context.search(state["query"])).hits
-    sentences = [(hit.document.metadata, sentence) for hit in hits for sentence in split_sentences(hit.document.text)]
-    places = [(about, sentence) for about, sentence in sentences if "?" not in sentence]  # a question answers nothing
+    found = [(hit.document.metadata, sentence) for hit in hits for sentence in split_sentences(hit.document.text)]
+    places = [(about, sentence) for about, sentence in found if "?" not in sentence and sentence != about.get("title")]
     titled = [f"{about.get('heading') or about.get('title', '')}: {sentence}" for about, sentence in places]
     ranked = await runtime.context.relevance(state["query"], titled, "rag_relevance")
     numbers: dict[tuple[str, str], int] = {}
     evidence: list[Evidence] = []
-    for found in ranked[:EVIDENCE]:
-        about, sentence = places[found.index]
-        source, heading = str(about.get("source", "")), str(about.get("heading", ""))
+    for one in ranked[:EVIDENCE]:
+        about, sentence = places[one.index]
+        source, heading = str(about.get("source", "")), str(about.get("heading") or about.get("title", ""))
         n = numbers.setdefault((source, heading), len(numbers) + 1)
-        evidence.append({"n": n, "text": sentence, "source": source, "heading": heading, "relevance": round(found.total, 3)})
+        evidence.append({"n": n, "text": sentence, "source": source, "heading": heading, "relevance": round(one.total, 3)})
     relevant = bool(evidence) and evidence[0]["relevance"] >= RELEVANT
     return {"evidence": evidence, "verdict": "unsupported" if relevant else "unknown"}
 
