@@ -32,9 +32,11 @@ def main() -> None:
     try:
         app()
     except AgentOpsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from agentops.cli.render import clean
+
+        print(clean(f"error: {error}"), file=sys.stderr)
         if error.hint:
-            print(f" hint: {error.hint}", file=sys.stderr)
+            print(clean(f" hint: {error.hint}"), file=sys.stderr)
         _leave(error.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -29,19 +29,17 @@ def demo(
 ) -> None:
     """Prepare the model, read the documentation, ask three questions about it, and show how an answer came about."""
     from agentops.cli.documents import ingest
-    from agentops.cli.progress import stages
+    from agentops.cli.models import prepare_shown
     from agentops.cli.record import show
     from agentops.cli.run import follow
-    from agentops.engine.models import prepare
     from agentops.runtime import Runtime
     from agentops.settings import load_settings
 
     settings = load_settings({"model.name": model})
     started = time.monotonic()
     _head("1. The model and the embedder")
-    with stages() as progress:
-        for name in (settings.model.name, settings.retrieval.embedder):
-            print(f"{name}: {prepare(name, settings, progress)}", file=sys.stderr)
+    for name in (settings.model.name, settings.retrieval.embedder):
+        print(f"{name}: {prepare_shown(name, settings)}", file=sys.stderr)
     _head("2. The documents")
     ingest([str(docs_folder())], collection=COLLECTION)
     runs = []

@@ -159,10 +159,10 @@ def _settings(flags: dict[str, Any]) -> Settings:
 
 
 def _embedder(settings: Settings) -> Embedder:
-    from agentops.cli.models import progress_shown
+    from agentops.cli.progress import stages
     from agentops.parts import open_embedder
 
-    with progress_shown(settings.retrieval.embedder) as progress:
+    with stages(settings.retrieval.embedder) as progress:
         return open_embedder(settings, progress)
 
 

@@ -5,10 +5,6 @@ Offers `prepare_shown` to the other verbs, which prepare what they need on first
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,14 +16,6 @@ if TYPE_CHECKING:
     from agentops.settings import Settings
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-_STAGES = {
-    "wait": "waiting for another process",
-    "download": "downloading",
-    "convert": "converting",
-    "calibrate": "writing calibration text",
-    "layers": "quantizing layers",
-    "perplexity": "measuring perplexity",
-}
 
 
 def register(app: typer.Typer) -> None:
@@ -121,62 +109,11 @@ def remove(
 
 def prepare_shown(name: str, settings: Settings, *, verify: bool = False) -> Path:
     """`agentops.engine.models.prepare`, with its progress on standard error."""
+    from agentops.cli.progress import stages
     from agentops.engine.models import prepare as prepare_model
 
-    with progress_shown(name) as progress:
+    with stages(name) as progress:
         return prepare_model(name, settings, progress, verify=verify)
-
-
-@contextmanager
-def progress_shown(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A callback that draws one bar a stage on standard error; where that is no terminal, one line a stage."""
-    if not sys.stderr.isatty():
-        yield _Lines(title)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    bars = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
-    tasks: dict[str, TaskID] = {}
-
-    def update(stage: str, done: int, total: int) -> None:
-        if not tasks:
-            bars.start()
-        if stage not in tasks:
-            tasks[stage] = bars.add_task(_STAGES.get(stage, stage))
-        bars.update(tasks[stage], completed=done, total=total or None)
-
-    try:
-        yield update
-    finally:
-        bars.stop()
-
-
-class _Lines:
-    """Stages as plain lines: when one begins, and when it took long, that it is over."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._started: dict[str, float] = {}
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if stage not in self._started:
-            self._started[stage] = now
-            print(f"{self._title}: {_STAGES.get(stage, stage)} ...", file=sys.stderr, flush=True)
-        elif total and done >= total and self._started[stage] > 0:
-            print(
-                f"{self._title}: {_STAGES.get(stage, stage)} done, {now - self._started[stage]:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-            self._started[stage] = 0
 
 
 def _settings(flags: dict[str, Any]) -> Settings:

@@ -1,68 +1,103 @@
-"""Progress bars on standard error, for work that is told in named stages (preparing a model)."""
+"""Progress on standard error, for work that is told in stages (getting a model ready)."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 Stages = Callable[[str, int, int], None]
-"""Called with the stage's name, what is done of it and its total; a total of 0 stands for unknown."""
+"""Called with the stage, what is done of it and its total; a total of 0 stands for unknown."""
+
+_WORDS = {
+    "wait": "waiting for another process",
+    "download": "downloading",
+    "convert": "converting",
+    "calibrate": "writing calibration text",
+    "layers": "quantizing layers",
+    "perplexity": "measuring perplexity",
+}
 
 
 @contextmanager
-def stages() -> Iterator[Stages]:
-    """A bar for the stage that is under way; one line a stage where standard error is no terminal.
+def stages(title: str = "model") -> Iterator[Stages]:
+    """A bar for the stage that is under way; where standard error is no terminal, a line when it begins and when it ends.
 
     Between stages nothing is drawn, so that a stream of tokens may follow.
     """
-    bars = _Bars() if sys.stderr.isatty() else None
-    seen: set[str] = set()
+    shown: _Shown = _Bars(title) if sys.stderr.isatty() else _Lines(title)
+    current = ""
 
     def tell(stage: str, done: int, total: int) -> None:
-        if bars is not None:
-            bars.show(stage, done, total)
-        elif stage not in seen:
-            seen.add(stage)
-            print(f"· {stage}", file=sys.stderr, flush=True)
+        nonlocal current
+        if stage != current:
+            if current:
+                shown.end()
+            if total and done >= total:
+                current = ""
+                return
+            current = stage
+            shown.begin(_WORDS.get(stage, stage))
+        shown.update(done, total)
+        if total and done >= total:
+            shown.end()
+            current = ""
 
     try:
         yield tell
     finally:
-        if bars is not None:
-            bars.end()
+        if current:
+            shown.end()
+
+
+class _Shown(Protocol):
+    def begin(self, stage: str) -> None: ...
+    def update(self, done: int, total: int) -> None: ...
+    def end(self) -> None: ...
+
+
+class _Lines:
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._stage = ""
+        self._started = 0.0
+
+    def begin(self, stage: str) -> None:
+        self._stage, self._started = stage, time.monotonic()
+        print(f"{self._title}: {stage} ...", file=sys.stderr, flush=True)
+
+    def update(self, done: int, total: int) -> None:
+        pass
+
+    def end(self) -> None:
+        print(f"{self._title}: {self._stage}, {time.monotonic() - self._started:.0f} s", file=sys.stderr, flush=True)
 
 
 class _Bars:
-    def __init__(self) -> None:
-        self._stage = ""
+    def __init__(self, title: str) -> None:
+        self._title = title
         self._drawn: tuple[Progress, TaskID] | None = None
 
-    def show(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self.end()
-            self._stage, self._drawn = stage, self._begin(stage, total)
+    def begin(self, stage: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description:42}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        progress = Progress(*columns, console=Console(stderr=True))
+        progress.start()
+        self._drawn = progress, progress.add_task(f"{self._title}: {stage}", total=None)
+
+    def update(self, done: int, total: int) -> None:
         if self._drawn is not None:
             progress, task = self._drawn
             progress.update(task, completed=done, total=total or None)
-            if total and done >= total:
-                self.end()
 
     def end(self) -> None:
         if self._drawn is not None:
             self._drawn[0].stop()
             self._drawn = None
-
-    @staticmethod
-    def _begin(stage: str, total: int) -> tuple[Progress, TaskID]:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description:28}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        progress = Progress(*columns, console=Console(stderr=True))
-        progress.start()
-        return progress, progress.add_task(stage, total=total or None)

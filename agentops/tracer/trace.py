@@ -381,7 +381,8 @@ class RunTrace:
         self._guarded(self._conclude, closing, output)
         if closing.row["kind"] == "node":
             row = closing.row
-            detail = row.get("error") or row.get("attributes", {}).get("route") or ""
+            route = row.get("attributes", {}).get("route")
+            detail = row.get("error") or (f"→ {route}" if route else "")
             milliseconds = row.get("duration_ns", 0) / 1e6
             self._tell(StepEnded(self.run_id, row["node"], row.get("step", 0), status, milliseconds, _line(str(detail))))
 
