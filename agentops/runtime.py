@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import sqlite3
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from agentops.checkpoint import check_thread_id, lease, open_checkpointer
 from agentops.clock import Clock, Ids, SystemClock, UlidSource
 from agentops.engine import Engine
-from agentops.errors import AgentOpsError, InputTooLarge, NodeFailed, ThreadBusy, UsageError
+from agentops.errors import AgentOpsError, InputTooLarge, JournalFull, NodeFailed, RecordError, ThreadBusy, UsageError
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
 from agentops.parts import open_embedder, open_engine, open_index
 from agentops.records import RunEvent, RunResult, RunStarted, RunStatus
@@ -351,6 +352,10 @@ class Runtime:
             raise
         except AgentOpsError as error:
             return ended("failed", None, error), error
+        except sqlite3.OperationalError as error:
+            refused = _unwritable(error, trace.run_id)
+            refused.__cause__ = error
+            return ended("failed", None, refused), refused
         except Exception as error:
             node = _failed_node(error)
             failed = NodeFailed(f"{node or graph.name}: {type(error).__name__}: {error}", run_id=trace.run_id, node=node)
@@ -391,9 +396,10 @@ class Runtime:
                 compiled = compiled.copy({"checkpointer": saver})
             if resumed:
                 # Where a checkpoint of this run exists, its state is the input: what is on record of the input is text.
+                # A task whose writes were saved before its step ended is not in `next` but in `tasks`: it goes on too.
                 state = await compiled.aget_state(cast(Any, config))
                 mine = (state.metadata or {}).get("run_id") == trace.run_id
-                if mine and not state.next:
+                if mine and not state.tasks:
                     return state.values
                 if mine and not isinstance(input, Command):
                     input = None  # noqa: A001
@@ -417,6 +423,13 @@ class Runtime:
 def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[RunEvent | None], event: RunEvent) -> None:
     with contextlib.suppress(RuntimeError):  # the loop is gone, and with it whoever listened
         loop.call_soon_threadsafe(queue.put_nowait, event)
+
+
+def _unwritable(error: sqlite3.OperationalError, run_id: str) -> RecordError:
+    """A checkpoint that could not be written: the run ended at the superstep before it."""
+    full = "full" in str(error) or "disk I/O" in str(error)
+    kind, said = (JournalFull, "the disk is full") if full else (RecordError, str(error))
+    return kind(f"no checkpoint could be written: {said}", hint=f"make room, then go on with: agentops resume {run_id}")
 
 
 def _failed_node(error: BaseException) -> str | None:

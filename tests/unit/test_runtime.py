@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -21,7 +23,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
 from agentops import Runtime, ScriptedEngine, Settings
-from agentops.errors import NodeFailed, RunNotFound, ThreadBusy, UsageError
+from agentops.errors import NodeFailed, RecordError, RunNotFound, ThreadBusy, UsageError
 from agentops.records import RunEvent, RunResult, RunStarted, StepEnded, StepStarted
 from agentops.store import RunRow, SpanRow, open_store
 from agentops.tracer import catch_up
@@ -300,3 +302,42 @@ def test_a_run_whose_process_is_stopped_is_resumed_without_repeating(
     assert json.loads(resumed.stdout)["output"] == {"text": ["start", "first", "second"]}
     assert (tmp_path / "count").read_text() == "first\n"
     assert record(settings, run["id"])[0].status == "done"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("a small disk needs the right to mount one; this test did not run")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run_at_a_step_and_it_goes_on_when_there_is_room(settings: Settings, small_disk: Path) -> None:
+    settings = replace(settings, paths=replace(settings.paths, home=small_disk / "home"))
+    steps: list[int] = []
+
+    def grow(state: State) -> State:
+        steps.append(len(state["trail"]))
+        return {"trail": [os.urandom(30_000).hex()]}
+
+    graph = StateGraph(State).add_node(grow).add_edge(START, "grow")
+    graph.add_conditional_edges("grow", lambda state: "grow" if len(state["trail"]) < 20 else END, ["grow", END])
+    with Runtime(settings) as runtime:
+        with pytest.raises(RecordError, match="full") as stopped:
+            runtime.run(graph, {"trail": []}, thread="t")
+        assert "agentops" in stopped.value.hint or "room" in stopped.value.hint
+        assert len(steps) < 20
+        seen = steps[-1]
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    catch_up(settings)
+    with open_store(settings) as store:
+        (row,) = store.runs()
+    assert row.status in ("failed", "crashed")
+    with Runtime(settings) as runtime:
+        result = runtime.resume(row.id, graph=graph)
+    assert len(result.output["trail"]) == 20
+    assert sorted(set(steps)) == list(range(20))
+    assert steps.count(seen) <= 2
