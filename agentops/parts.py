@@ -12,8 +12,8 @@ from agentops.retrieval import Embedder, Index
 from agentops.settings import Settings
 
 if TYPE_CHECKING:
-    from agentops.engine.local import LocalEngine
     from agentops.engine.fetch import Progress
+    from agentops.engine.local import LocalEngine
 
 
 def open_engine(settings: Settings, progress: Progress | None = None) -> LocalEngine:
