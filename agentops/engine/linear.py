@@ -87,7 +87,7 @@ class _Int4Cpu:
         self.group, self.order, self.bias = group, order, bias
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.codes.to(torch.int32), 1)
         self.scales = _scales_and_zeros(codes)
-        self.dense = _spread(codes, group).bfloat16() if torch.cpu._is_avx512_bf16_supported() else None
+        self.dense = _spread(codes, group).bfloat16() if multiplies_bfloat16() else None
 
     def __call__(self, rows: Tensor) -> Tensor:
         # The kernel is an order of magnitude slower when it is fed float32 or float16.
@@ -114,6 +114,11 @@ class _Int4Cuda:
         rows = (rows if self.order is None else rows[:, self.order]).bfloat16()
         outputs: Tensor = torch.ops.aten._weight_int4pack_mm(rows, self.packed, self.group, self.scales).float()
         return outputs if self.bias is None else outputs + self.bias
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has arithmetic for it; emulated, it is slower than the int4 kernel."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _exact(weight: Tensor, bias: Tensor | None, device: str) -> Linear:

@@ -23,7 +23,7 @@ from agentops.engine.calls import Call, Event, GenerateCall, ScoreCall
 from agentops.engine.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from agentops.engine.limits import check_request, check_score_request
 from agentops.engine.runners import Batch, Runner
-from agentops.engine.sampler import Sampler, compile_constraint
+from agentops.engine.sampler import Sampler
 from agentops.engine.scheduler import Scheduler
 from agentops.engine.sequence import Chunk
 from agentops.engine.tokenizer import ChatTokenizer
@@ -111,7 +111,7 @@ class LocalEngine:
         prompt, trimmed = await _aside(request, lambda: self._prompt(request))
         grammar = None
         if request.constraint is not None:
-            grammar = compile_constraint(request.constraint, self._tokenizer.grammar_tokenizer)
+            grammar = await asyncio.to_thread(self._tokenizer.compile, request.constraint)
         with self._change:
             self._requests += 1
             number = self._requests

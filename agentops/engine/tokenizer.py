@@ -2,12 +2,13 @@
 
 The template comes from the model folder and is not trusted: it is rendered in jinja2's immutable sandbox. What users and
 documents say is not trusted either: in a conversation, the spelling of a control token is text and never becomes one.
-It knows nothing of sequences or sampling.
+It knows nothing of sequences or of what is asked of them.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -19,8 +20,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from agentops.engine.checkpoint import Checkpoint
+from agentops.engine.sampler import Grammar, compile_constraint
 from agentops.errors import ModelBroken, ModelUnsupported, UsageError
-from agentops.records import Message
+from agentops.records import Constraint, Message
 
 _TEMPLATE_BYTES = 256 * 1024
 _PRIVATE_USE = range(0x10F000, 0x10FFFE)
@@ -39,6 +41,8 @@ class ChatTokenizer:
         self._folder = checkpoint.folder
         self._vocabulary = checkpoint.config.vocabulary
         self._tokenizer = self._load()
+        self._lock = threading.Lock()
+        self._grammar_tokenizer: LLTokenizer | None = None
         settings = checkpoint.read_json("tokenizer_config.json") or {}
         self._bos, self._eos = (_token_text(settings.get(name)) for name in ("bos_token", "eos_token"))
         eos = list(checkpoint.config.eos)
@@ -48,10 +52,16 @@ class ChatTokenizer:
         self._specials = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
         self._template = self._compile(self._template_text(settings))
 
-    @cached_property
-    def grammar_tokenizer(self) -> LLTokenizer:
-        """The same tokenizer as llguidance wants it."""
-        return LLTokenizer(self._source, n_vocab=self._vocabulary, eos_token=sorted(self.eos) or None)
+    def compile(self, constraint: Constraint) -> Grammar:
+        """A constraint over this tokenizer's tokens. The first call takes a moment, a big schema takes one each.
+
+        Raises:
+            ConstraintInvalid
+        """
+        with self._lock:
+            if self._grammar_tokenizer is None:
+                self._grammar_tokenizer = LLTokenizer(self._source, n_vocab=self._vocabulary, eos_token=sorted(self.eos) or None)
+        return compile_constraint(constraint, self._grammar_tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """A text taken as it is: control tokens spelled in it count as such, and a model that wants a first token gets it."""

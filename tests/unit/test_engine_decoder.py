@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tiny_model import pack, write_tiny_model
 
-from agentops.engine import gptq
+from agentops.engine import gptq, linear
 from agentops.engine.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from agentops.engine.decoder import Decoder, causal_attention
 from agentops.engine.linear import choose_kernel, dense_weight, make_linear
@@ -159,10 +159,14 @@ def test_layer_by_layer_without_a_cache_is_the_same_model(tmp_path: Path) -> Non
     assert np.allclose(logits[len(one) :], run(reference, two), atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("bfloat16", [True, False], ids=["with bfloat16", "without"])
+@pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("shuffled", [False, True], ids=["plain", "act-order"])
 @pytest.mark.parametrize("zeros", [8, 3], ids=["symmetric", "asymmetric"])
-def test_the_int4_kernel_computes_what_the_codes_say(tmp_path: Path, rows: int, shuffled: bool, zeros: int) -> None:
+def test_the_int4_kernel_computes_what_the_codes_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, shuffled: bool, zeros: int, bfloat16: bool
+) -> None:
+    monkeypatch.setattr(linear, "multiplies_bfloat16", lambda: bfloat16)
     folder = write_tiny_model(tmp_path, bits=4)
     random = torch.Generator().manual_seed(1)
     names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]

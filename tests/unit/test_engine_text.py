@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_model import write_tiny_model
 
 from agentops.engine.checkpoint import open_checkpoint
-from agentops.engine.sampler import Sampler, compile_constraint, log_probabilities
+from agentops.engine.sampler import Sampler, log_probabilities
 from agentops.engine.tokenizer import ChatTokenizer
 from agentops.records import Constraint, Message
 
@@ -127,7 +127,7 @@ def test_a_grammar_lets_through_what_fits_and_nothing_else(
     tokenizer: ChatTokenizer, constraint: Constraint, fits: list[str], fails: list[str]
 ) -> None:
     def passes(text: str) -> bool:
-        grammar = compile_constraint(constraint, tokenizer.grammar_tokenizer)
+        grammar = tokenizer.compile(constraint)
         over = False
         for token in [*tokenizer.encode_more(text), min(tokenizer.eos)]:
             if over:

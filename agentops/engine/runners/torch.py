@@ -7,7 +7,6 @@ others in float16. It knows nothing of requests, text or sampling.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from agentops.engine.checkpoint import Checkpoint
 from agentops.engine.decoder import Attend, Decoder, Tile, causal_tiles, dot_attention
 from agentops.engine.linear import Kernel, make_linear
 from agentops.engine.runners import Batch
+from agentops.engine.workers import cores
 from agentops.errors import SettingsError
 
 
@@ -58,7 +58,7 @@ class TorchRunner:
         self, checkpoint: Checkpoint, *, kernel: Kernel, device: str, blocks: int, block: int = 16, threads: int = 0
     ) -> None:
         config = checkpoint.config
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or cores()
         self._owner: int | None = None
 
         def tensor(name: str) -> Tensor:
