@@ -136,6 +136,19 @@ def test_chunks_scattered_blocks_and_company_change_nothing(tmp_path: Path) -> N
     assert np.allclose(both[1], run(model, other)[39], atol=1e-4)
 
 
+def test_sequences_that_decode_together_get_what_each_gets_alone(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_tiny_model(tmp_path))
+    model = runner(checkpoint)
+    with torch.inference_mode():
+        model._cache.fill_(float("nan"))  # what was never written must never be seen
+    lengths, random = [40, 33, 60, 1, 2, 7, 120, 64], np.random.default_rng(5)
+    prompts = [[int(token) for token in random.integers(3, 384, length)] for length in lengths]
+    tables = [[int(block) for block in random.permutation(np.arange(index * 10, index * 10 + 10))] for index in range(8)]
+    alone = [run(model, prompt, table=table)[-1] for prompt, table in zip(prompts, tables, strict=True)]
+    ends = Batch(np.array([prompt[-1] for prompt in prompts]), np.array(lengths) - 1, [1] * 8, tables, np.arange(8))
+    assert np.allclose(model.step(ends), np.stack(alone), atol=1e-4)
+
+
 def test_a_copied_block_is_as_good_as_the_first(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_tiny_model(tmp_path))
     model = runner(checkpoint)

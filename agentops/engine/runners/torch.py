@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from agentops.engine.checkpoint import Checkpoint
 from agentops.engine.decoder import Attend, Decoder, Tile, causal_tiles, dot_attention
@@ -36,6 +37,16 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
     if wanted == "cuda" and not found:
         raise SettingsError("engine.device is cuda, but torch finds no usable GPU", hint="set engine.device to auto or cpu")
     return "cuda" if found else "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class _Together:
+    """Sequences of about the same length with one row each: their row numbers, their slots (sequences * length, shorter
+    ones filled up with slots of their own), and what must not be seen, (sequences, 1, 1, length)."""
+
+    rows: Tensor
+    slots: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,40 +125,76 @@ class TorchRunner:
             self._cache[:, :, :, target * size : (target + 1) * size] = taken
 
     def _written(self, batch: Batch) -> NDArray[np.int64]:
-        tables = [np.asarray(table, np.int64) for table in batch.tables]
-        ends = np.cumsum(batch.counts)
-        at = [batch.positions[end - count : end] for end, count in zip(ends, batch.counts, strict=True)]
-        return np.concatenate(
-            [
-                table[positions // self._block] * self._block + positions % self._block
-                for table, positions in zip(tables, at, strict=True)
-            ]
-        )
+        """The slot of each row."""
+        starts = np.cumsum([0, *batch.counts])
+        slots = []
+        for table, start, stop in zip(batch.tables, starts, starts[1:], strict=False):
+            positions = batch.positions[start:stop]
+            slots.append(np.asarray(table, np.int64)[positions // self._block] * self._block + positions % self._block)
+        return np.concatenate(slots)
 
-    def _parts(self, batch: Batch) -> list[_Part]:
-        parts, start = [], 0
+    def _parts(self, batch: Batch) -> list[_Part | _Together]:
+        parts: list[_Part | _Together] = []
+        decoding: dict[int, list[tuple[int, NDArray[np.int64]]]] = {}
+        start = 0
         for count, table in zip(batch.counts, batch.tables, strict=True):
             length = int(batch.positions[start + count - 1]) + 1
-            tiles = causal_tiles(self._config, length - count, count, self._device)
-            parts.append(_Part(slice(start, start + count), self._slots(table, length), tiles))
+            slots = self._slots(table, length)
+            if count == 1:
+                decoding.setdefault(length.bit_length(), []).append((start, slots))
+            else:
+                parts.append(self._part(slice(start, start + count), slots))
             start += count
+        for alike in decoding.values():
+            if len(alike) == 1:
+                row, slots = alike[0]
+                parts.append(self._part(slice(row, row + 1), slots))
+            else:
+                parts.append(self._together(alike))
         return parts
 
-    def _slots(self, table: Sequence[int], length: int) -> slice | Tensor:
-        used = np.asarray(table[: -(-length // self._block)], np.int64)
-        if (np.diff(used) == 1).all():
-            first = int(used[0]) * self._block
-            return slice(first, first + length)
-        slots = (used[:, None] * self._block + np.arange(self._block)).reshape(-1)[:length]
-        return torch.from_numpy(slots).to(self._device)
+    def _part(self, rows: slice, slots: NDArray[np.int64]) -> _Part:
+        count, length, first = rows.stop - rows.start, len(slots), int(slots[0])
+        tiles = causal_tiles(self._config, length - count, count, self._device)
+        if slots[-1] - first == length - 1 and bool((np.diff(slots) == 1).all()):
+            return _Part(rows, slice(first, first + length), tiles)
+        return _Part(rows, torch.from_numpy(slots).to(self._device), tiles)
 
-    def _attend(self, layer: int, parts: list[_Part], written: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _together(self, alike: list[tuple[int, NDArray[np.int64]]]) -> _Together:
+        length = max(len(slots) for _, slots in alike)
+        padded = np.stack([np.pad(slots, (0, length - len(slots)), mode="edge") for _, slots in alike])
+        hidden = np.arange(length) >= np.array([len(slots) for _, slots in alike])[:, None]
+        mask = torch.zeros(hidden.shape).masked_fill(torch.from_numpy(hidden), -torch.inf)
+        rows = torch.tensor([row for row, _ in alike])
+        return _Together(
+            rows.to(self._device), torch.from_numpy(padded.reshape(-1)).to(self._device), mask[:, None, None].to(self._device)
+        )
+
+    def _slots(self, table: Sequence[int], length: int) -> NDArray[np.int64]:
+        used = np.asarray(table[: -(-length // self._block)], np.int64)
+        return (used[:, None] * self._block + np.arange(self._block)).reshape(-1)[:length]
+
+    def _attend(
+        self, layer: int, parts: list[_Part | _Together], written: Tensor, queries: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
         cache = self._cache[layer]
         cache[0].index_copy_(1, written, keys.transpose(0, 1).to(cache.dtype))
         cache[1].index_copy_(1, written, values.transpose(0, 1).to(cache.dtype))
-        results = []
+        attended = torch.empty_like(queries)
         for part in parts:
-            held = cache[:, :, part.slots] if isinstance(part.slots, slice) else cache.index_select(2, part.slots)
-            k, v = held.float()
-            results.append(dot_attention(queries[part.rows], k, v, part.tiles))
-        return results[0] if len(results) == 1 else torch.cat(results)
+            if isinstance(part, _Together):
+                attended[part.rows] = _attend_together(queries[part.rows], cache.index_select(2, part.slots).float(), part.mask)
+            else:
+                held = cache[:, :, part.slots] if isinstance(part.slots, slice) else cache.index_select(2, part.slots)
+                held_keys, held_values = held.float()
+                attended[part.rows] = dot_attention(queries[part.rows], held_keys, held_values, part.tiles)
+        return attended
+
+
+def _attend_together(queries: Tensor, held: Tensor, mask: Tensor) -> Tensor:
+    """queries (sequences, heads, dim); held (2, kv heads, sequences * length, dim); returns the shape of the queries."""
+    _, kv_heads, _, dim = held.shape
+    count = len(queries)
+    keys, values = held.view(2, kv_heads, count, -1, dim).transpose(1, 2)
+    grouped = queries.view(count, kv_heads, -1, dim)
+    return functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(queries.shape)
