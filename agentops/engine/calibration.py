@@ -22,9 +22,11 @@ from agentops.engine.decoder import Attend, Decoder
 from agentops.engine.linear import make_linear
 from agentops.engine.tokenizer import ChatTokenizer
 from agentops.engine.workers import open_workers
+from agentops.errors import ModelUnsupported
 from agentops.records import Message
 
-_BATCH = 16
+_LENGTH, _PROSE, _SAMPLES, _BATCH = 256, 8, 24, 12
+_SAMPLED_BYTES = 2 << 30
 _JUDGED = (
     "argparse",
     "bisect",
@@ -163,12 +165,14 @@ def _sample_batch(
     config = decoder.config
     generator = torch.Generator().manual_seed(seed)
     waiting = [list(next(prompts)) for _ in range(count)]
+    ended = [False] * count
     rows = torch.zeros(count, length, dtype=torch.int64)
     cache = torch.zeros(config.layers, 2, count, config.kv_heads, length, config.head_dim)
     for step in range(length):
         for row, tokens in enumerate(waiting):
-            if not tokens and step and int(rows[row, step - 1]) in config.eos:
+            if ended[row]:
                 tokens.extend(next(prompts))
+            ended[row] = not tokens and int(rows[row, step]) in config.eos
             if tokens:
                 rows[row, step] = tokens.pop(0)
         attends = [_cached(part, step) for part in cache]
@@ -206,23 +210,47 @@ class Texts:
 
 
 def make_texts(checkpoint: Checkpoint, threads: int, progress: Callable[[str, int, int], None]) -> Texts:
-    """Calibration and held-out texts for a float checkpoint."""
-    tokenizer = ChatTokenizer(checkpoint)
-    held_out = pieces(documentation_strings(), tokenizer.encode, length=512, count=16)
-    prose = pieces(topics(), tokenizer.encode, length=256, count=24, skip=1)
+    """Calibration and held-out texts for a float checkpoint.
 
-    prompts = [tokenizer.encode_chat([Message("user", question)]) for question in islice(questions(), 240)]
-    chats = sample(
-        float_decoder(checkpoint),
-        prompts,
-        count=24,
-        length=256,
-        temperature=0.9,
-        seed=1,
-        threads=threads,
-        progress=lambda done, total: progress("calibrate", done, total),
-    )
-    return Texts([*prose, *chats], held_out, "Python's topics, own answers", "documentation strings of the standard library")
+    A model too big to be held whole in float32 is not sampled from.
+    """
+    tokenizer = ChatTokenizer(checkpoint)
+    held_out = pieces(documentation_strings(), tokenizer.encode, length=384, count=8)
+    prose = pieces(topics(), tokenizer.encode, length=_LENGTH, count=_PROSE, skip=5)
+    about = f"{len(prose)} of Python's documentation topics"
+    sampled: list[Tensor] = []
+    if checkpoint.weight_bytes <= _SAMPLED_BYTES:
+        decoder = float_decoder(checkpoint)
+        asked = [_asked(tokenizer, question) for question in islice(questions(), 120)]
+        # Half of the rows answer questions, half say whatever comes where a text begins.
+        prompts = [prompt for question in asked for prompt in (_text_start(checkpoint, tokenizer) or question, question)]
+        sampled = sample(
+            decoder,
+            prompts,
+            count=_SAMPLES,
+            length=_LENGTH,
+            temperature=1.0,
+            seed=1,
+            threads=threads,
+            progress=lambda done, total: progress("calibrate", done, total),
+        )
+        about += f", {len(sampled)} samples of the model itself"
+    return Texts([*prose, *sampled], held_out, about, "documentation strings of the standard library")
+
+
+def _text_start(checkpoint: Checkpoint, tokenizer: ChatTokenizer) -> list[int]:
+    """The token between texts in training; models with a chat form often have another one as their first."""
+    between = tokenizer.encode("<|endoftext|>")
+    if len(between) == 1:
+        return between
+    return [] if checkpoint.config.bos is None else [checkpoint.config.bos]
+
+
+def _asked(tokenizer: ChatTokenizer, question: str) -> list[int]:
+    try:
+        return tokenizer.encode_chat([Message("user", question)])
+    except ModelUnsupported:  # a base model, without a chat template
+        return tokenizer.encode(question)
 
 
 def float_decoder(checkpoint: Checkpoint) -> Decoder:
