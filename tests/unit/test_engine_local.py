@@ -343,7 +343,7 @@ def test_the_engine_package_and_the_scripted_engine_load_no_torch() -> None:
 
 @pytest.mark.model
 async def test_the_default_model_knows_the_capital_of_france(engine: LocalEngine) -> None:
-    request = Request(messages=(Message("user", "What is the capital of France?"),), max_tokens=30)
+    request = Request(messages=(Message("user", "What is the capital of France?"),), max_tokens=30, stop=(".", "\n"))
     pieces = [event async for event in engine.stream(request)]
     last = pieces[-1]
     assert isinstance(last, Generation)
