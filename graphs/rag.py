@@ -14,6 +14,7 @@ relevance and support are measured (agentops.grounding), not asked for.
 from __future__ import annotations
 
 import operator
+import re
 from typing import Annotated, Literal, TypedDict
 
 from langgraph.graph import END, START, StateGraph
@@ -35,6 +36,11 @@ DISTINCT = 0.8
 """Least share of different words among the content words of a sentence that is not quoted."""
 RETURNS = 2
 """How often the critic sends a draft back."""
+
+ASKING = re.compile(
+    r"\b(what|which|who|whose|when|where|why|how|is|are|was|were|do|does|did|can|could|will|would|should)\b", re.I
+)
+POINTING = re.compile(r"\b(it|its|they|them|their|this|these|those|he|him|his|she|her)\b", re.I)
 
 
 class Evidence(TypedDict):
@@ -74,12 +80,16 @@ class State(TypedDict, total=False):
 
 
 async def rewrite(state: State, runtime: Runtime[Context]) -> State:
-    """A follow-up question becomes one that stands alone; a first question stays as it is."""
+    """A follow-up that points back becomes a question that stands alone; other questions stay as they are."""
     question = query = state["question"]
-    if history := state.get("history"):
+    if (history := state.get("history")) and not stands_alone(question):
         before = history[-1]
         made = await runtime.context.ask("rag_rewrite", max_tokens=48, stop=["\n"], follow_up=question, **before)
-        query = made.text.strip() if coverage(question, made.text) >= SUPPORTED else f"{before['question']} {question}"
+        query = made.text.strip()
+        talk = f"{before['question']} {before['answer']} {question}"
+        kept, invented = coverage(question, query) >= SUPPORTED, coverage(query, talk) < 1
+        if not (query.endswith("?") and kept and not invented and stands_alone(query)):
+            query = f"{before['question']} {question}"
     return {"query": query, "evidence": [], "draft": "", "returns": 0, "feedback": "", "verdict": "unsupported"}
 
 
@@ -129,6 +139,11 @@ async def critic(state: State, runtime: Runtime[Context]) -> State:
     answer = " ".join(f"{sentence} [{source['n']}]" for sentence, source in zip(draft, cited, strict=True))
     sources: dict[int, Source] = {one["n"]: {"n": one["n"], "source": one["source"], "heading": one["heading"]} for one in cited}
     return {"verdict": "supported", "answer": answer, "sources": list(sources.values()), "feedback": ""}
+
+
+def stands_alone(question: str) -> bool:
+    """Whether a question asks something and points at nothing that was said before."""
+    return bool(ASKING.search(question)) and not POINTING.search(question)
 
 
 def leaves_out(draft: str, source: str, question: str) -> bool:

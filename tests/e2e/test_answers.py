@@ -98,6 +98,18 @@ def test_questions_over_the_documentation(runtime: Runtime, session_settings: Se
     check(session_settings, cases, answer_all(runtime, cases, "docs"))
 
 
+def test_a_conversation_goes_on(runtime: Runtime) -> None:
+    runtime.ingest(ROOT / "docs", collection="docs")
+    first = runtime.run("rag", "With which library are PDF files parsed?", thread="talk", collection="docs").output
+    assert "pypdf" in first["answer"]
+    second = runtime.run("rag", "And HTML files?", thread="talk", collection="docs").output
+    assert "Beautiful Soup" in second["answer"]
+    assert [source["source"] for source in second["sources"]] == ["retrieval.md"]
+    third = runtime.run("rag", "And what is a span?", thread="talk", collection="docs").output
+    assert third["query"] == "And what is a span?"
+    assert "timed unit" in third["answer"]
+
+
 def test_questions_over_cranfield_abstracts(
     runtime: Runtime, session_settings: Settings, shared_data: Path, tmp_path: Path
 ) -> None:

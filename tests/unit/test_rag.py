@@ -13,6 +13,7 @@ from agentops.records import ScoreRequest, content_hash
 from agentops.retrieval.embed import HashEmbedder
 from agentops.store import open_store
 from agentops.tracer import catch_up
+from graphs.rag import stands_alone
 
 TEXTS = {
     "tea.md": ("Brewing", "Green tea is brewed at 80 degrees. Black tea is brewed at 95 degrees. Tea came to Europe by ship."),
@@ -111,8 +112,25 @@ def test_a_follow_up_is_made_to_stand_alone(ask: Callable[..., Any]) -> None:
     assert [turn["question"] for turn in done["history"]] == [QUESTION, done["query"]]
 
 
-def test_a_rewrite_that_forgets_the_question_is_not_used(ask: Callable[..., Any]) -> None:
-    answers = ["Green tea is brewed at 80 degrees.", "Who wrote Tosca?", "Green tea is brewed at 80 degrees."]
+@pytest.mark.parametrize(
+    ("question", "alone"),
+    [
+        ("How many cups are there?", True),
+        ("And what is a cup?", True),
+        ("And black tea?", False),
+        ("How is it brewed?", False),
+        ("Who makes them?", False),
+    ],
+)
+def test_only_follow_ups_that_point_back_are_rewritten(question: str, alone: bool) -> None:
+    assert stands_alone(question) is alone
+
+
+@pytest.mark.parametrize(
+    "made", ["Who wrote Tosca?", "Black tea is brewed.", "How is it black tea?", "Which Chinese black tea is best?"]
+)
+def test_a_rewrite_that_forgets_or_invents_is_not_used(ask: Callable[..., Any], made: str) -> None:
+    answers = ["Green tea is brewed at 80 degrees.", made, "Green tea is brewed at 80 degrees."]
     assert ask(answers, QUESTION, "And black tea?")["query"] == f"{QUESTION} And black tea?"
 
 
