@@ -266,7 +266,7 @@ def test_the_default_model_in_float32_agrees_with_transformers(
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("chunk", [8, 1000], ids=["few-rows", "many-rows"])
+@pytest.mark.parametrize("chunk", [5, 1000], ids=["int4-kernel", "many-rows"])
 def test_the_default_model_with_the_int4_kernel_stays_close(
     fast: TorchRunner, real_tokens: list[int], reference: NDArray[np.float32], chunk: int
 ) -> None:
