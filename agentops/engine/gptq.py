@@ -167,7 +167,8 @@ def choose_scales(weight: Tensor, importance: Tensor, *, bits: int, group_size: 
     for shrink in _GRID:
         step = ((low + high) * shrink / top).to(torch.float16).float()
         step = torch.where(step > 0, step, 1.0)
-        zero = torch.full_like(step, middle) if sym else torch.round(low * shrink / step).clamp(0, top)
+        # Zero points begin at 1: less one, a 0 would be stored as `top`, which some readers take for `top + 1`.
+        zero = torch.full_like(step, middle) if sym else torch.round(low * shrink / step).clamp(1, top)
         code = torch.round(values / step[..., None]).add_(zero[..., None]).clamp_(0, top)
         error = (code.sub_(zero[..., None]).mul_(step[..., None]).sub_(values).square_() * weights).sum(2)
         better = error < best

@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from agentops.engine.checkpoint import ARCHITECTURES, LOCK_FILE, open_checkpoint, write_lock
 from agentops.engine.fetch import (
@@ -136,7 +136,7 @@ def prepare(name: str, settings: Settings, progress: Progress | None = None, *, 
     models = target.parent
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with FileLock(models / f".{target.name}.lock"):
+        with _turn(models / f".{target.name}.lock", progress or _silent):
             _clean(models, target.name)
             damaged = target.is_dir() and verify and _damaged(target)
             if not target.is_dir() or damaged:
@@ -430,6 +430,21 @@ def _need_room(folder: Path) -> None:
             f"preparing the model needs {needed} MB for a while; the disk of {folder.parent} has {there} MB",
             hint="free some disk space, or choose another folder: AGENTOPS_PATHS_CACHE=/somewhere/else",
         )
+
+
+@contextmanager
+def _turn(file: Path, progress: Progress) -> Iterator[None]:
+    """Holds the lock; says so when it has to be waited for."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress("wait", 0, 0)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
