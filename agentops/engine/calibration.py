@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -138,12 +139,14 @@ def sample(
     """`count` rows of `length` tokens, int64: a prompt, the model's words after it, and when it ends its turn the next prompt."""
     batches = -(-count // _BATCH)
     done = [0] * batches
+    telling = threading.Lock()
 
     def batch(index: int) -> list[Tensor]:
         def step(steps: int) -> None:
-            done[index] = steps
-            if progress:
-                progress(sum(done), batches * length)
+            with telling:
+                done[index] = steps
+                if progress:
+                    progress(sum(done), batches * length)
 
         rows = min(_BATCH, count - index * _BATCH)
         return _sample_batch(decoder, cycle(prompts[index::batches]), rows, length, temperature, seed + index, step)
