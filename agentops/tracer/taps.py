@@ -93,8 +93,11 @@ class Taps(GraphCallbackHandler):
         if not is_step or name.startswith("__"):
             clock = run.tracer.clock
             parent = run.parent(parent_run_id)
+            # A router is a later part of the node itself. Parts of a sequence called inside a node say what a model said.
             router = (
                 parent_run_id is not None
+                and parent_run_id not in self._passed
+                and kwargs.get("run_type") != "parser"
                 and "seq:step:1" not in (tags or ())
                 and any(tag.startswith("seq:step:") for tag in tags or ())
             )

@@ -15,6 +15,7 @@ from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
+from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.tools import tool
@@ -207,6 +208,21 @@ def test_routers_and_sequences_are_not_spans_but_the_route_is_told(tracer: Trace
     assert tree(tracer) == ["workflow test", "  node a", "  node b", "  node lcel", "    generation generate"]
     with stored(tracer) as store:
         assert [one.attributes.get("route") for one in store.spans("run_1") if one.name == "a"] == ["b"]
+
+
+def test_what_a_sequence_says_is_not_taken_for_a_route(tracer: Tracer) -> None:
+    def said() -> Any:
+        model = GenericFakeChatModel(messages=iter(["a secret"]))
+        return ChatPromptTemplate.from_messages([("user", "{x}")]) | model | StrOutputParser()
+
+    builder = chain(inside=lambda state: {"log": [said().invoke({"x": 1})]})
+    builder.add_node("itself", said() | (lambda text: {"log": [text]}))
+    builder.add_edge("inside", "itself")
+    run = begin(tracer)
+    builder.compile().invoke({"x": 0}, config(run))
+    run.end("done")
+    with stored(tracer) as store:
+        assert [one.attributes.get("route") for one in store.spans("run_1") if one.kind == "node"] == [None, None]
 
 
 # Repeating, failing, waiting, being stopped
