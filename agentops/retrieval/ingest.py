@@ -73,11 +73,13 @@ class _File:
 @dataclass(slots=True)
 class _Found:
     """What walking the given paths gave. `scopes` are marks and beginnings of sources: all that is there is in `files`.
-    `replaced` are marks and sources under which a file of `files` may have been stored before."""
+    `replaced` are marks and sources under which a file of `files` may have been stored before. `closed` are marks and
+    beginnings of sources of folders that could not be read: what is there is not known."""
 
     files: dict[Path, _File] = field(default_factory=dict)
     scopes: list[tuple[str, str]] = field(default_factory=list)
     replaced: set[tuple[str, str]] = field(default_factory=set)
+    closed: set[tuple[str, str]] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
     hidden: int = 0
     unknown: int = 0
@@ -97,7 +99,8 @@ def ingest(
 
     Pieces have at most `chunk_tokens` tokens as `count_tokens` counts them; neighbours share up to `overlap_tokens`. They
     never cross a heading, nor a page of a PDF. Metadata: source, title, heading ("A > B"), start and end in the parsed
-    text, page in a PDF. A file that cannot be read is a `Problem`; what the collection has of it stays, the rest goes in.
+    text, page in a PDF. A file or folder that cannot be read is a `Problem`; what the collection has of it stays, the rest
+    goes in.
 
     Raises:
         CollectionMismatch, RetrievalError: the index refuses; what was stored until then stays.
@@ -193,7 +196,9 @@ def _inner_roots(folder: Path, root: Path, marks: set[str]) -> Iterator[Path]:
 
 def _walk_folder(folder: Path, root: Path, found: _Found) -> None:
     def refused(error: OSError) -> None:
-        found.problems.append(Problem(_shown(error.filename or folder), f"cannot be read ({error.strerror or error})"))
+        refusing = Path(error.filename or folder)
+        found.problems.append(Problem(_shown(refusing), f"cannot be read ({error.strerror or error})"))
+        found.closed.add((_mark(root), "" if refusing == root else _source(refusing, root) + "/"))
 
     # Linked folders are not entered: they may lead out of the folder, or back into it.
     for inner, names, files in os.walk(folder, onerror=refused):
@@ -257,7 +262,8 @@ def _gone(known: Mapping[str, Sequence[str]], found: _Found, kept: set[str]) -> 
         for key in keys:
             mark = key.partition("-")[0]
             ours = (mark, source) in read or source.startswith(tuple(folders.get(mark, ())))
-            if ours and key not in kept:
+            unseen = any(mark == closed and source.startswith(prefix) for closed, prefix in found.closed)
+            if ours and not unseen and key not in kept:
                 yield key
 
 

@@ -250,6 +250,28 @@ def test_a_file_that_cannot_be_read_any_more_keeps_what_was_known_of_it(index: E
     assert "notes.txt" in sources(index)
 
 
+def test_a_folder_that_cannot_be_read_any_more_keeps_what_was_known_of_it(
+    index: EmbeddedIndex, docs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read(index, docs)
+    before = index.sources("c")
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if Path(path) == docs / "deep":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    (docs / "guide.md").unlink()
+    report = read(index, docs)
+    assert [Path(problem.path) for problem in report.problems] == [docs / "deep"]
+    kept = {source: keys for source, keys in before.items() if source.startswith("deep/")}
+    assert kept
+    assert {source: keys for source, keys in index.sources("c").items() if source.startswith("deep/")} == kept
+    assert "guide.md" not in index.sources("c")
+
+
 def test_paths_that_are_not_there(index: EmbeddedIndex, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     report = read(index, tmp_path / "nowhere", tmp_path / "loop")
