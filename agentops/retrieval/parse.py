@@ -238,7 +238,7 @@ def _walk_markdown(tokens: list[Token], writer: _Writer) -> str:
             else:
                 writer.block(text)
         elif kind in ("fence", "code_block", "html_block"):
-            text = _html(token.content.encode(), "").text if kind == "html_block" else _fenced(token.content)
+            text = _page(token.content, "").text if kind == "html_block" else _fenced(token.content)
             if marks:
                 loose += f"\n{text}"
             else:
@@ -272,14 +272,19 @@ _HEADINGS = ["h1", "h2", "h3", "h4", "h5", "h6"]
 
 
 def _html(data: bytes, name: str) -> Parsed:
-    from bs4 import BeautifulSoup
     from bs4.dammit import UnicodeDammit
-    from bs4.exceptions import ParserRejectedMarkup
 
     text = decode(data)
     if not data.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
         # A page may name its encoding itself.
         text = UnicodeDammit(data, ["utf-8"], is_html=True).unicode_markup or text
+    return _page(text, name)
+
+
+def _page(text: str, name: str) -> Parsed:
+    from bs4 import BeautifulSoup
+    from bs4.exceptions import ParserRejectedMarkup
+
     writer = _Writer()
     try:
         with warnings.catch_warnings():

@@ -78,6 +78,11 @@ def test_markdown_marks_go_and_words_stay(tmp_path: Path) -> None:
     ]
 
 
+def test_a_control_character_in_html_inside_markdown_is_no_reason_to_refuse_the_file(tmp_path: Path) -> None:
+    text = "plain words\n\n" * 100 + "<div>in \x1b[0m html</div>\n"
+    assert parsed(tmp_path, "x.md", text).text.endswith("in \x1b[0m html")
+
+
 def test_a_heading_inside_code_is_none(tmp_path: Path) -> None:
     document = parsed(tmp_path, "x.md", "# Real\n\n```sh\n# comment\nmake demo\n```\n")
     assert sections(document) == [("Real", "```\n# comment\nmake demo\n```")]
