@@ -227,7 +227,8 @@ class EmbeddedIndex:
         wanted = query.k > 0 and bool(text.strip())
         if wanted and query.mode != "lexical":
             with self._reading(query.collection) as (_, row):
-                self._check_match(row, self._open_embedder())
+                pass  # writers wait for whoever reads, and opening the embedder may take minutes
+            self._check_match(row, self._open_embedder())
             begun = self._clock.monotonic_ns()
             vector = self._open_embedder().embed([text])[0]
             embed_ms = (self._clock.monotonic_ns() - begun) / 1e6
@@ -328,6 +329,8 @@ class EmbeddedIndex:
             (collection, embedder.name, embedder.revision, embedder.dimensions),
         ).lastrowid
         assert number is not None
+        # Words under a new number belong to another catalogue, which was taken away.
+        self._words(number).clear()
         _rise(db, number)
         return number
 

@@ -191,6 +191,14 @@ def test_words_from_a_backup_are_not_believed(tmp_path: Path) -> None:
     assert {hit.document.id for hit in found.hits} == {"1", "2", "9"}
 
 
+def test_words_of_a_catalogue_that_was_taken_away_are_not_believed(tmp_path: Path) -> None:
+    fill(tmp_path, 3)
+    (tmp_path / "documents.sqlite").unlink()
+    open_here(tmp_path).upsert("c", [Document("x", "penguin", "b2:0")])
+    assert [hit.document.id for hit in find(open_here(tmp_path), "penguin", "lexical").hits] == ["x"]
+    assert not find(open_here(tmp_path), "hello", "lexical").hits
+
+
 def test_words_catch_up_with_a_process_that_died_between_its_commits(tmp_path: Path) -> None:
     fill(tmp_path / "index", 3)
     shutil.copytree(tmp_path / "index" / "lexical", tmp_path / "before")
