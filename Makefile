@@ -1,8 +1,10 @@
 # `make` alone lists the targets. Everything lives in .venv, which is made when it is missing.
 #   make test ARGS="-k engine -x"     arguments for pytest
+#   make test JOBS=0                  tests one after the other, in one process
 #   make setup PYTHON=python3.12      another interpreter
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 BIN := .venv/bin
 export UV_HTTP_TIMEOUT ?= 600
 
@@ -46,7 +48,7 @@ demo: setup ## prepare model and index, ask three questions, show a trace
 	@$(BIN)/python -m agentops demo $(ARGS)
 
 test: setup ## run the tests (ARGS="..." goes to pytest)
-	@$(BIN)/python -m pytest -m "not long" $(ARGS)
+	@$(BIN)/python -m pytest -m "not long" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-long: setup ## run the tests that take minutes each
 	@$(BIN)/python -m pytest -m long $(ARGS)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_CACHE = Path(os.environ.get("AGENTOPS_PATHS_CACHE") or platformdirs.user_cache_dir("agentops-runtime")).absolute()
-NEEDS_DATA: list[str] = []
 NO_DATA = "no real data: set AGENTOPS_SHARED_DATA to its folder, or put it in shared/data beside the checkout"
 
 
@@ -46,10 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if NEEDS_DATA:
+    skipped = [report.nodeid for report in terminalreporter.stats.get("skipped", []) if NO_DATA in str(report.longrepr)]
+    if skipped:
         terminalreporter.section("tests that did not run for want of real data")
         terminalreporter.write_line(NO_DATA)
-        for name in NEEDS_DATA:
+        for name in skipped:
             terminalreporter.write_line(f"  {name}")
 
 
@@ -70,12 +70,11 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def shared_data(request: pytest.FixtureRequest) -> Path:
+def shared_data() -> Path:
     """Folder of the real data sets. Where there is none the test is skipped, and named at the end of the run."""
     named = os.environ.get("AGENTOPS_SHARED_DATA")
     folder = Path(named) if named else ROOT.parent / "shared" / "data"
     if not folder.is_dir():
-        NEEDS_DATA.append(request.node.nodeid)
         pytest.skip(NO_DATA)
     return folder
 
