@@ -143,7 +143,7 @@ class LoadedGraph:
         if text.lstrip().startswith("{"):
             try:
                 return json.loads(text)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise UsageError(
                     f"the input starts like a JSON object but is none: {error}",
                     hint='quote it for the shell: \'{"key": "value"}\'',
@@ -204,15 +204,24 @@ def adopt_graph(graph: Any, name: str | None = None) -> LoadedGraph:
 
 
 def _from_module(module: ModuleType, attribute: str, name: str, reference: str, folder: Path) -> LoadedGraph:
+    from langgraph.graph import StateGraph
+    from langgraph.pregel import Pregel
+
     try:
         found = getattr(module, attribute)
     except AttributeError:
-        graphs = [key for key, value in vars(module).items() if hasattr(value, "ainvoke") or hasattr(value, "compile")]
+        graphs = [key for key, value in vars(module).items() if isinstance(value, StateGraph | Pregel)]
         hint = f"it has: {', '.join(graphs)}" if graphs else "the file defines no graph"
         raise GraphNotFound(f"{reference.rpartition(':')[0] or name} has no '{attribute}'", hint=hint) from None
-    if callable(found) and not hasattr(found, "ainvoke") and not hasattr(found, "compile"):
-        found = found()
-    return LoadedGraph(name, reference, _compile(found, f"'{attribute}'"), PromptLibrary(folder / "prompts"))
+    try:
+        if callable(found) and not isinstance(found, StateGraph | Pregel):
+            found = found()
+        compiled = _compile(found, f"'{attribute}'")
+    except GraphNotFound:
+        raise
+    except Exception as error:
+        raise _broken_in(error, Path(str(module.__file__))) from error
+    return LoadedGraph(name, reference, compiled, PromptLibrary(folder / "prompts"))
 
 
 def _compile(graph: Any, what: str) -> Any:
@@ -243,19 +252,27 @@ def _import_file(file: Path) -> ModuleType:
         raise _broken(error, error.filename or str(file), error.lineno) from error
     except Exception as error:
         sys.modules.pop(name, None)
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == file.parent]
-        where = frames[-1] if frames else None
-        raise _broken(error, where.filename if where else str(file), where.lineno if where else None) from error
+        raise _broken_in(error, file) from error
     finally:
         sys.path.remove(str(file.parent))
     return module
+
+
+def _broken_in(error: Exception, file: Path) -> GraphBroken:
+    """Where in the user's folder an error came from; the library's own frames say nothing to its user."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == file.parent]
+    return _broken(error, frames[-1].filename if frames else str(file), frames[-1].lineno if frames else None)
 
 
 def _broken(error: Exception, file: str, line: int | None) -> GraphBroken:
     linecache.checkcache(file)
     text = linecache.getline(file, line).rstrip() if line else ""
     said = error.msg if isinstance(error, SyntaxError) else str(error)
+    place = f"{file}, line {line}" if line else file
     shown = f"\n  {line} | {text}" if text else ""
     return GraphBroken(
-        f"{file}, line {line}: {type(error).__name__}: {said}{shown}", file=file, line=line, hint="mend that line and run again"
+        f"{place}: {type(error).__name__}: {said}{shown}",
+        file=file,
+        line=line,
+        hint="mend that line and run again" if line else "mend the file and run again",
     )

@@ -9,31 +9,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
-import sqlite3
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
-from agentops.checkpoint import check_thread_id, lease, open_checkpointer
+from agentops.checkpoint import check_thread_id, lease
 from agentops.clock import Clock, Ids, SystemClock, UlidSource
 from agentops.engine import Engine
-from agentops.errors import AgentOpsError, InputTooLarge, JournalFull, NodeFailed, RecordError, ThreadBusy, UsageError
+from agentops.errors import InputTooLarge, ThreadBusy, UsageError
+from agentops.execution import Outcome, Standing, execute, standing
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
 from agentops.parts import open_embedder, open_engine, open_index
-from agentops.records import RunEvent, RunResult, RunStarted, RunStatus
+from agentops.records import RunEvent, RunResult, RunStarted
 from agentops.retrieval import Embedder, Index
 from agentops.settings import Settings, load_settings
 from agentops.store import RunRow, open_store
 from agentops.sync import iterate_sync, run_sync
-from agentops.tracer import RunTrace, TracedEngine, TracedRetriever, catch_up, open_tracer
+from agentops.tracer import TracedEngine, TracedRetriever, catch_up, open_tracer
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
     from agentops.engine.fetch import Progress
     from agentops.retrieval.ingest import IngestReport
+
+
+_PATIENCE_S = 10.0
+"""How long closing waits for cancelled runs to be on record as such."""
 
 
 class Runtime:
@@ -66,16 +70,21 @@ class Runtime:
         self._engine = TracedEngine(engine, self._tracer) if engine else None
         self._index = index
         self._embedder = embedder
-        self._closed = False
+        self._working: set[asyncio.Task[Outcome]] = set()
+        self._closed = threading.Event()
 
     # -- parts, opened when first needed
 
     @property
     def engine(self) -> Engine:
         """The model engine; every call is recorded when it happens inside a run."""
+        return self._open_engine(self.settings.model.name)
+
+    def _open_engine(self, model: str) -> Engine:
         with self._lock:
             if self._engine is None:
-                self._own_engine = open_engine(self.settings, self._progress)
+                settings = replace(self.settings, model=replace(self.settings.model, name=model))
+                self._own_engine = open_engine(settings, self._progress)
                 self._engine = TracedEngine(self._own_engine, self._tracer)
             return self._engine
 
@@ -187,7 +196,7 @@ class Runtime:
         *,
         thread: str | None = None,
         collection: str | None = None,
-    ) -> Iterator[RunEvent]:
+    ) -> Generator[RunEvent, None, None]:
         """`astream` for callers without an event loop."""
         return iterate_sync(self.astream(graph, input, thread=thread, collection=collection))
 
@@ -195,20 +204,30 @@ class Runtime:
         """`aresume` for callers without an event loop."""
         return run_sync(self.aresume(run_id, answer=answer, graph=graph))
 
-    def stream_resume(self, run_id: str, *, answer: Any = None, graph: Any = None) -> Iterator[RunEvent]:
+    def stream_resume(self, run_id: str, *, answer: Any = None, graph: Any = None) -> Generator[RunEvent, None, None]:
         """`astream_resume` for callers without an event loop."""
         return iterate_sync(self.astream_resume(run_id, answer=answer, graph=graph))
 
     async def aclose(self) -> None:
-        """Closes what the runtime opened, the record last. Closing twice is harmless."""
-        with self._lock:
-            closed, self._closed = self._closed, True
-        if closed:
+        """Cancels what still runs and closes what the runtime opened, the record last. Closing twice is harmless."""
+        if self._closed.is_set():
             return
-        if self._own_engine is not None:
-            await self._own_engine.close()
-        if self._own_index is not None:
-            self._own_index.close()
+        self._closed.set()
+        deadline = self._clock.monotonic_ns() + int(_PATIENCE_S * 1e9)
+        for work in list(self._working):
+            with contextlib.suppress(RuntimeError):  # its loop is gone, and it with the loop
+                work.get_loop().call_soon_threadsafe(work.cancel)
+        while self._working and self._clock.monotonic_ns() < deadline:
+            await asyncio.sleep(0.01)
+        # While another thread prepares a model, which takes minutes, there is nothing to close yet.
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._own_engine is not None:
+                    await self._own_engine.close()
+                if self._own_index is not None:
+                    self._own_index.close()
+            finally:
+                self._lock.release()
         await asyncio.to_thread(self._tracer.close)
 
     def close(self) -> None:
@@ -245,32 +264,53 @@ class Runtime:
                 )
             input = graph.as_input(input)  # noqa: A001
         thread_id = check_thread_id(thread) if thread else self._ids.new("th")
-        details = {"collection": collection or self.settings.retrieval.collection}
-        return self._go(graph, input, self._ids.new("run"), thread_id, details, resumed=False)
+        details = self._details({}, {"retrieval.collection": collection})
+        return self._go(graph, input, self._ids.new("run"), thread_id, details)
 
     async def _again(self, run_id: str, answer: Any, graph: Any) -> AsyncGenerator[RunEvent, None]:
-        row = await asyncio.to_thread(self._find, run_id)
+        row = await asyncio.to_thread(self._resumable, run_id, answer)
+        if graph is None and row.graph.startswith("python:"):
+            raise UsageError(
+                f"run {row.id} is of a graph object made in Python", hint="resume it there: runtime.resume(run, graph=graph)"
+            )
+        loaded = self._load(graph if graph is not None else row.graph)
+        details = self._details(row.settings, {})
+        async with contextlib.aclosing(self._go(loaded, answer, row.id, row.thread_id, details, resumed=True)) as events:
+            async for event in events:
+                yield event
+
+    def _details(self, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings a run is made with, kept on record: given now, or set by the user, or as they were before, or default."""
+        details = {}
+        for key in ("model.name", "retrieval.collection", "retrieval.k", "run.seed", "run.trim"):
+            chosen = self.settings.get(key) if self.settings.source(key) != "default" else recorded.get(key)
+            details[key] = given.get(key) or (chosen if chosen is not None else self.settings.get(key))
+        return details
+
+    def _resumable(self, run_id: str, answer: Any) -> RunRow:
+        row = self._find(run_id)
         if row.status == "done":
             raise UsageError(f"run {row.id} is done; there is nothing to resume", hint=f"see it with: agentops show {row.id}")
         if row.status in ("running", "queued"):
             raise ThreadBusy(f"run {row.id} is still running", hint="stop it first, or wait for its end")
         if row.status == "waiting" and answer is None:
             raise UsageError(f"run {row.id} waits for an answer", hint="give one with --answer")
-        if graph is None and row.graph.startswith("python:"):
+        return row
+
+    async def _taken_up(self, graph: LoadedGraph, run_id: str, answer: Any) -> tuple[Any, Standing]:
+        """What a resumed run is invoked with, and where it stands. Called under the lease, since only then is it sure."""
+        row = await asyncio.to_thread(self._resumable, run_id, answer)
+        at = await standing(graph, self.settings, row.id, row.thread_id)
+        if at == "passed":
             raise UsageError(
-                f"run {row.id} is of a graph object made in Python", hint="resume it there: runtime.resume(run, graph=graph)"
+                f"another run went on with thread {row.thread_id} after run {row.id}",
+                hint="it cannot be resumed without undoing that; start a new run on the thread",
             )
-        loaded = self._load(graph if graph is not None else row.graph)
-        given = await asyncio.to_thread(self._payload, row)
-        if row.status == "waiting":
+        if row.status == "waiting" and at == "open":
             from langgraph.types import Command
 
-            given = Command(resume=answer)
-        async with contextlib.aclosing(
-            self._go(loaded, given, row.id, row.thread_id, dict(row.settings), resumed=True)
-        ) as events:
-            async for event in events:
-                yield event
+            return Command(resume=answer), at
+        return await asyncio.to_thread(self._payload, row), at
 
     def _find(self, run_id: str) -> RunRow:
         self._tracer.flush()
@@ -300,9 +340,12 @@ class Runtime:
         thread_id: str,
         details: dict[str, Any],
         *,
-        resumed: bool,
+        resumed: bool = False,
     ) -> AsyncGenerator[RunEvent, None]:
         with lease(self.settings, thread_id):
+            at: Standing = "unborn"
+            if resumed:
+                input, at = await self._taken_up(graph, run_id, input)  # noqa: A001
             context = await asyncio.to_thread(self._context, graph, details) if graph.uses_context else None
             trace = self._tracer.start_run(
                 run_id=run_id, thread_id=thread_id, graph=graph.reference, input=input, settings=details, resumed=resumed
@@ -310,7 +353,11 @@ class Runtime:
             loop = asyncio.get_running_loop()
             queue: asyncio.Queue[RunEvent | None] = asyncio.Queue()
             trace.listen(lambda event: _hand_over(loop, queue, event))
-            work = asyncio.create_task(self._work(graph, input, trace, thread_id, context, resumed=resumed))
+            work = asyncio.create_task(
+                execute(graph, input, trace, settings=self.settings, clock=self._clock, context=context, at=at)
+            )
+            self._working.add(work)
+            work.add_done_callback(self._working.discard)
             work.add_done_callback(lambda _: queue.put_nowait(None))
             try:
                 yield RunStarted(run_id, thread_id)
@@ -325,116 +372,19 @@ class Runtime:
             if cause is not None:
                 raise cause
 
-    async def _work(
-        self,
-        graph: LoadedGraph,
-        input: Any,
-        trace: RunTrace,
-        thread_id: str,
-        context: Context | None,
-        *,
-        resumed: bool,
-    ) -> tuple[RunResult, Exception | None]:
-        started = self._clock.monotonic_ns()
-
-        def ended(
-            status: RunStatus, output: Any, error: BaseException | None = None, interrupts: tuple[Any, ...] = ()
-        ) -> RunResult:
-            trace.end(status, output=output, error=error)
-            took = (self._clock.monotonic_ns() - started) / 1e6
-            said = f"{type(error).__name__}: {error}" if error is not None else None
-            return RunResult(trace.run_id, thread_id, status, output, trace.usage, took, said, interrupts)
-
-        try:
-            output = await self._invoke(graph, input, trace, thread_id, context, resumed=resumed)
-        except asyncio.CancelledError as error:
-            ended("cancelled", None, error)
-            raise
-        except AgentOpsError as error:
-            return ended("failed", None, error), error
-        except sqlite3.OperationalError as error:
-            refused = _unwritable(error, trace.run_id)
-            refused.__cause__ = error
-            return ended("failed", None, refused), refused
-        except Exception as error:
-            node = _failed_node(error)
-            failed = NodeFailed(f"{node or graph.name}: {type(error).__name__}: {error}", run_id=trace.run_id, node=node)
-            if type(error).__name__ == "GraphRecursionError":
-                failed.hint = (
-                    f"the graph took {self.settings.run.recursion_limit} supersteps; raise run.recursion_limit or mend the loop"
-                )
-            failed.__cause__ = error
-            return ended("failed", None, error), failed
-        pending = output.get("__interrupt__") if isinstance(output, dict) else None
-        if pending:
-            visible = {key: value for key, value in output.items() if key != "__interrupt__"}
-            return ended("waiting", visible, interrupts=tuple(pending)), None
-        return ended("done", output), None
-
-    async def _invoke(
-        self,
-        graph: LoadedGraph,
-        input: Any,
-        trace: RunTrace,
-        thread_id: str,
-        context: Context | None,
-        *,
-        resumed: bool,
-    ) -> Any:
-        config: dict[str, Any] = {
-            "configurable": {"thread_id": thread_id},
-            "callbacks": [trace.handler],
-            "metadata": {"run_id": trace.run_id},
-            "recursion_limit": self.settings.run.recursion_limit,
-        }
-        from langgraph.types import Command
-
-        async with contextlib.AsyncExitStack() as opened:
-            compiled = graph.compiled
-            if not compiled.checkpointer:
-                saver = await opened.enter_async_context(open_checkpointer(self.settings, thread_id, graph.state_types))
-                compiled = compiled.copy({"checkpointer": saver})
-            if resumed:
-                # Where a checkpoint of this run exists, its state is the input: what is on record of the input is text.
-                # A task whose writes were saved before its step ended is not in `next` but in `tasks`: it goes on too.
-                state = await compiled.aget_state(cast(Any, config))
-                mine = (state.metadata or {}).get("run_id") == trace.run_id
-                if mine and not state.tasks:
-                    return state.values
-                if mine and not isinstance(input, Command):
-                    input = None  # noqa: A001
-            output = await compiled.ainvoke(input, cast(Any, config), context=cast(Any, context), durability="sync")
-            trace.check()
-            return output
-
     def _context(self, graph: LoadedGraph, details: dict[str, Any]) -> Context:
         return Context(
-            engine=self.engine,
+            engine=self._open_engine(details["model.name"]),
             retriever=TracedRetriever(self.index, self._tracer),
             embedder=self.embedder,
             prompts=graph.prompts,
-            collection=str(details["collection"]),
-            k=self.settings.retrieval.k,
-            seed=self.settings.run.seed,
-            trim=self.settings.run.trim,
+            collection=details["retrieval.collection"],
+            k=details["retrieval.k"],
+            seed=details["run.seed"],
+            trim=details["run.trim"],
         )
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[RunEvent | None], event: RunEvent) -> None:
     with contextlib.suppress(RuntimeError):  # the loop is gone, and with it whoever listened
         loop.call_soon_threadsafe(queue.put_nowait, event)
-
-
-def _unwritable(error: sqlite3.OperationalError, run_id: str) -> RecordError:
-    """A checkpoint that could not be written: the run ended at the superstep before it."""
-    full = "full" in str(error) or "disk I/O" in str(error)
-    kind, said = (JournalFull, "the disk is full") if full else (RecordError, str(error))
-    return kind(f"no checkpoint could be written: {said}", hint=f"make room, then go on with: agentops resume {run_id}")
-
-
-def _failed_node(error: BaseException) -> str | None:
-    """LangGraph tells where an error came from in a note: "During task with name 'write' and id '...'"."""
-    for note in getattr(error, "__notes__", ()):
-        if found := re.match(r"During task with name '([^']+)'", note):
-            return found[1]
-    return None

@@ -7,8 +7,9 @@ so a span opened by the caller is the parent of what the coroutine records.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Generator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -22,8 +23,25 @@ def _portal() -> asyncio.AbstractEventLoop:
     with _lock:
         if _loop is None or _loop.is_closed():
             _loop = asyncio.new_event_loop()
-            threading.Thread(target=_loop.run_forever, name="agentops-sync", daemon=True).start()
+            threading.Thread(target=_serve, args=(_loop,), name="agentops-sync", daemon=True).start()
         return _loop
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    while True:
+        try:
+            return loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):
+            # asyncio lets these out of the loop when a task raises them; whoever waits for the task gets them too.
+            continue
+
+
+def _forget() -> None:
+    global _loop, _lock
+    _loop, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)  # threads, and with them the loop, stay behind in the parent
 
 
 def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -59,7 +77,7 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-def iterate_sync(items: AsyncIterator[T]) -> Iterator[T]:
+def iterate_sync(items: AsyncIterator[T]) -> Generator[T, None, None]:
     """The items of an asynchronous iterator; it is closed when the caller leaves early."""
     end = object()
 

@@ -125,6 +125,8 @@ async def write(state: State, runtime: Runtime[Context]) -> State:
 async def critic(state: State, runtime: Runtime[Context]) -> State:
     """Every sentence must be carried by a source, and the answer must say what the best source adds to the question."""
     evidence, draft, cited = state["evidence"], split_sentences(state["draft"]), []
+    if not draft:
+        return _back(state, "nothing was written")
     for sentence in draft:
         source = max(evidence, key=lambda one: (-len(numbers_missing(sentence, one["text"])), coverage(sentence, one["text"])))
         if wrong := numbers_missing(sentence, source["text"]):

@@ -30,27 +30,19 @@ for part in (run, record, documents, models, house, demo):
 def main() -> None:
     """Console script. Our own errors are printed as one line and a hint; anything else is a defect and keeps its traceback."""
     try:
-        app()
+        code = app()
     except AgentOpsError as error:
         from agentops.cli.render import clean
 
         print(clean(f"error: {error}"), file=sys.stderr)
         if error.hint:
             print(clean(f" hint: {error.hint}"), file=sys.stderr)
-        _leave(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        _leave(130)
-    except BrokenPipeError:
-        # The reader (head, less) left; writing on would raise again while the interpreter flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _leave(0)
-
-
-def _leave(code: int) -> None:
+        code = error.exit_code
+    except SystemExit as ending:
+        code = ending.code
     if code == 130:
         # A node that blocks its thread cannot be stopped; the interpreter would wait for it, and the user has left.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
-    raise SystemExit(code) from None
+        os._exit(130)
+    raise SystemExit(code)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,12 +56,13 @@ def run(
 def resume(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, a unique beginning of it, or 'last'.")],
     answer: Annotated[str | None, typer.Option("--answer", help="Answer to the question that the run waits for.")] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Catalogue name, local folder or hub id.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Another model than the run began with.")] = None,
+    trim: Annotated[bool, typer.Option("--trim", help="Cut the oldest part of a prompt that does not fit the context.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer and its sources.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Go on with a run that crashed, failed, was cancelled or waits, from its last checkpoint."""
-    with _runtime({"model.name": model}) as runtime:
+    with _runtime({"model.name": model, "run.trim": trim or None}) as runtime:
         follow(runtime.stream_resume(run_id, answer=answer), quiet=quiet, as_json=as_json)
 
 
@@ -94,7 +95,12 @@ def _read_input(text: str | None, file: Path | None) -> str:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"the input cannot be read from {file}: {error}", hint="it must be a UTF-8 text file") from error
-    return sys.stdin.read() if text == "-" else str(text)
+    if text != "-":
+        return str(text)
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not text: {error}", hint="it must be UTF-8") from error
 
 
 @contextlib.contextmanager
@@ -107,7 +113,7 @@ def _runtime(flags: dict[str, Any]) -> Iterator[Any]:
         yield runtime
 
 
-def follow(events: Iterator[RunEvent], *, quiet: bool = False, as_json: bool = False) -> RunResult:
+def follow(events: Generator[RunEvent, None, None], *, quiet: bool = False, as_json: bool = False) -> RunResult:
     """Shows a run while it happens, and its result at the end.
 
     Raises:
@@ -126,24 +132,26 @@ def follow(events: Iterator[RunEvent], *, quiet: bool = False, as_json: bool = F
             print(text, end=end, file=sys.stderr, flush=True)
 
     try:
-        for event in events:
-            if isinstance(event, RunStarted):
-                run_id = event.run_id
-            elif isinstance(event, StepStarted):
-                say(("\n" if open_line else "") + f"▸ {clean(' / '.join((*event.path, event.node)))}")
-                open_line = False
-            elif isinstance(event, Token):
-                say(("" if open_line else "  ") + clean(event.text), end="")
-                open_line = True
-            elif isinstance(event, StepEnded):
-                say(("\n" if open_line else "") + _ended(event))
-                open_line = False
-            elif isinstance(event, RunResult):
-                result = event
-                if as_json:
-                    _print_json(event)
-                else:
-                    _print_result(event, quiet=quiet)
+        # Closed before anything else ends, so that a run that is left half-way is on record as cancelled.
+        with contextlib.closing(events):
+            for event in events:
+                if isinstance(event, RunStarted):
+                    run_id = event.run_id
+                elif isinstance(event, StepStarted):
+                    say(("\n" if open_line else "") + f"▸ {clean(' / '.join((*event.path, event.node)))}")
+                    open_line = False
+                elif isinstance(event, Token):
+                    say(("" if open_line else "  ") + clean(event.text), end="")
+                    open_line = True
+                elif isinstance(event, StepEnded):
+                    say(("\n" if open_line else "") + clean(_ended(event)))
+                    open_line = False
+                elif isinstance(event, RunResult):
+                    result = event
+                    if as_json:
+                        _print_json(event)
+                    else:
+                        _print_result(event, quiet=quiet)
     except KeyboardInterrupt:
         said = f"run {run_id} was cancelled" if run_id else "cancelled before the run began"
         raise RunCancelled(said, run_id=run_id, hint="" if run_id else "nothing was recorded") from None
@@ -177,12 +185,11 @@ def _print_result(result: RunResult, *, quiet: bool) -> None:
             print(clean(f"waiting for an answer: {getattr(question, 'value', question)}"))
     elif result.status == "done":
         print(clean(_answer(output)))
-        sources = output.get("sources") or []
+        sources = output["sources"] if isinstance(output.get("sources"), list) else []
         if sources:
             print()
-        for source in sources:
-            place = " > ".join(str(part) for part in (source.get("source"), source.get("heading")) if part)
-            print(clean(f"[{source.get('n')}] {place}"))
+        for number, source in enumerate(sources, 1):
+            print(clean(_source(source, number)))
     if not quiet:
         usage = result.usage
         print(
@@ -193,13 +200,20 @@ def _print_result(result: RunResult, *, quiet: bool) -> None:
         )
 
 
+def _source(source: Any, number: int) -> str:
+    if not isinstance(source, dict):
+        return f"[{number}] {source}"
+    place = " > ".join(str(part) for part in (source.get("source"), source.get("heading")) if part)
+    return f"[{source.get('n', number)}] {place or source}"
+
+
 def _answer(output: dict[str, Any]) -> str:
     if isinstance(output.get("answer"), str):
         return str(output["answer"])
     messages = output.get("messages")
-    if messages:
+    if isinstance(messages, list) and messages:
         last = messages[-1]
-        return str(last["content"] if isinstance(last, dict) else getattr(last, "content", last))
+        return str(last.get("content", last) if isinstance(last, dict) else getattr(last, "content", last))
     from agentops.tracer import to_plain
 
     return json.dumps(to_plain(output), ensure_ascii=False, indent=2)
