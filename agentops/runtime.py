@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from agentops.checkpoint import check_thread_id, lease
 from agentops.clock import Clock, Ids, SystemClock, UlidSource
 from agentops.engine import Engine
-from agentops.errors import InputTooLarge, ThreadBusy, UsageError
+from agentops.errors import InputTooLarge, RunCancelled, ThreadBusy, UsageError
 from agentops.execution import Outcome, Standing, execute, standing
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
 from agentops.parts import open_embedder, open_engine, open_index
@@ -145,6 +145,7 @@ class Runtime:
 
         Raises:
             NodeFailed: a node raised; the cause is chained. An `AgentOpsError` out of a node is raised as it is.
+            RunCancelled: the runtime was closed meanwhile.
             ThreadBusy, GraphError, UsageError
         """
         return await self._finish(self._start(self._load(graph), input, thread, collection))
@@ -363,6 +364,8 @@ class Runtime:
                 yield RunStarted(run_id, thread_id)
                 while (event := await queue.get()) is not None:
                     yield event
+                if work.cancelled():
+                    raise RunCancelled(f"run {run_id} was cancelled", run_id=run_id)
                 result, cause = await work
             except (asyncio.CancelledError, GeneratorExit):
                 work.cancel()

@@ -7,6 +7,7 @@ that `agentops --help` loads none of torch, langgraph, sqlmodel, textual or raga
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -29,6 +30,10 @@ for part in (run, record, documents, models, house, demo):
 
 def main() -> None:
     """Console script. Our own errors are printed as one line and a hint; anything else is a defect and keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What users and models write need not be valid Unicode, nor need the terminal's encoding hold it.
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app()
     except AgentOpsError as error:

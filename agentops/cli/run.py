@@ -169,9 +169,8 @@ def _ended(event: Any) -> str:
 def _print_json(result: RunResult) -> None:
     from agentops.tracer import to_plain
 
-    print(
-        json.dumps(to_plain(dataclasses.asdict(dataclasses.replace(result, output=to_plain(result.output)))), ensure_ascii=False)
-    )
+    plain = dataclasses.replace(result, output=to_plain(result.output), interrupts=tuple(map(to_plain, result.interrupts)))
+    print(json.dumps(to_plain(dataclasses.asdict(plain))))
 
 
 def _print_result(result: RunResult, *, quiet: bool) -> None:

@@ -119,3 +119,31 @@ def test_a_prompt_longer_than_the_context(agentops: Agentops, tmp_path: Path, mo
 @pytest.mark.model
 def test_a_collection_that_is_not_there(agentops: Agentops, model_folder: Path, embedder_folder: Path) -> None:
     refused(agentops("run", "rag", "hi", "--collection", "nowhere"), "nowhere")
+
+
+ODD = """
+from typing import Any, TypedDict
+from langgraph.graph import START, END, StateGraph
+
+class State(TypedDict, total=False):
+    text: str
+    answer: str
+    sources: Any
+
+def odd(state: State) -> State:
+    return {"answer": "an \\x1b]0;title\\x07answer", "sources": ["a.md", {"source": "b.md"}]}
+
+graph = StateGraph(State).add_node(odd).add_edge(START, "odd").add_edge("odd", END)
+"""
+
+
+def test_a_graph_with_sources_of_another_shape_is_shown_and_cannot_steer_the_terminal(agentops: Agentops, tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(ODD)
+    done = agentops("run", "odd.py", '{"text": "hi"}')
+    assert done.returncode == 0, done.stderr
+    assert "[1] a.md\n[2] b.md" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "\x07" not in done.stdout
+    lone = agentops("run", "odd.py", '{"text": "\\ud800"}', "--json")
+    assert lone.returncode == 0, lone.stderr
+    assert json.loads(lone.stdout)["status"] == "done"

@@ -123,3 +123,23 @@ def test_types_of_a_schema_are_found_inside_containers() -> None:
 
     Outer.__annotations__ = {"inner": list[Inner | None], "by_name": dict[str, Colour]}
     assert schema_types(Outer) == {Inner, Colour}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (('.add_edge(START, "loud")', ""), "entrypoint"),
+        (("    return graph", "    raise RuntimeError('no luck')"), "no luck"),
+    ],
+)
+def test_a_graph_that_does_not_compile_is_told_without_our_traceback(tmp_path: Path, change: tuple[str, str], said: str) -> None:
+    (tmp_path / "neighbour.py").write_text("def shout(text):\n    return text.upper()\n")
+    text = GOOD.replace("made = graph.compile()\n", "").replace(*change)
+    (tmp_path / "odd.py").write_text(text)
+    with pytest.raises(GraphBroken, match=said):
+        load_graph(f"{tmp_path / 'odd.py'}:factory")
+
+
+def test_deeply_nested_input_is_refused(file: Path) -> None:
+    with pytest.raises(UsageError, match="JSON"):
+        load_graph(str(file)).as_input('{"a":' * 100_000)

@@ -8,6 +8,7 @@ import multiprocessing
 import operator
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -22,8 +23,8 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
-from agentops import Runtime, ScriptedEngine, Settings
-from agentops.errors import NodeFailed, RecordError, RunNotFound, ThreadBusy, UsageError
+from agentops import Runtime, ScriptedEngine, Settings, load_settings
+from agentops.errors import NodeFailed, RecordError, RunCancelled, RunNotFound, ThreadBusy, UsageError
 from agentops.records import RunEvent, RunResult, RunStarted, StepEnded, StepStarted
 from agentops.store import RunRow, SpanRow, open_store
 from agentops.tracer import catch_up
@@ -341,3 +342,102 @@ def test_a_full_disk_stops_the_run_at_a_step_and_it_goes_on_when_there_is_room(s
     assert len(result.output["trail"]) == 20
     assert sorted(set(steps)) == list(range(20))
     assert steps.count(seen) <= 2
+
+
+def test_a_node_that_exits_ends_its_run_and_nothing_else(settings: Settings) -> None:
+    def leave(state: State) -> State:
+        sys.exit(3)
+
+    async def leave_too(state: State) -> State:
+        raise SystemExit(4)
+
+    with Runtime(settings) as runtime:
+        for node in (leave, leave_too):
+            with pytest.raises(NodeFailed, match="SystemExit"):
+                runtime.run(chain(node), {"trail": []})
+        assert runtime.run(chain(one), {"trail": []}).status == "done"
+
+
+def test_a_node_that_fails_on_a_database_of_its_own_is_told_as_such(settings: Settings) -> None:
+    def ask_database(state: State) -> State:
+        raise sqlite3.OperationalError("no such table: users")
+
+    with Runtime(settings) as runtime, pytest.raises(NodeFailed, match="ask_database: OperationalError: no such table"):
+        runtime.run(chain(ask_database), {"trail": []})
+
+
+def test_a_run_is_not_resumed_on_top_of_a_later_one(settings: Settings) -> None:
+    def ask(state: State) -> State:
+        return {"trail": [interrupt("name?")]}
+
+    graph = chain(one, ask)
+    with Runtime(settings) as runtime:
+        first = runtime.run(graph, {"trail": []}, thread="t")
+        second = runtime.run(graph, {"trail": []}, thread="t")
+        with pytest.raises(UsageError, match="another run went on with thread t"):
+            runtime.resume(first.run_id, answer="Ada", graph=graph)
+        assert record(settings, first.run_id)[0].status == "waiting"
+        done = runtime.resume(second.run_id, answer="Bob", graph=graph)
+    assert done.status == "done"
+    assert done.output["trail"][-1] == "Bob"
+
+
+def test_a_resumed_run_keeps_the_settings_it_began_with(settings: Settings) -> None:
+    def ask(state: State) -> State:
+        return {"trail": [interrupt("name?")]}
+
+    seeded = load_settings({"paths.home": settings.paths.home, "run.seed": 7, "retrieval.k": 3})
+    with Runtime(seeded) as runtime:
+        waiting = runtime.run(chain(ask), {"trail": []}, collection="mine")
+    with Runtime(settings) as runtime:
+        runtime.resume(waiting.run_id, answer="Ada", graph=chain(ask))
+    kept = record(settings, waiting.run_id)[0].settings
+    assert (kept["run.seed"], kept["retrieval.k"], kept["retrieval.collection"]) == (7, 3, "mine")
+
+
+def test_closing_cancels_what_still_runs(settings: Settings) -> None:
+    async def slow(state: State) -> State:
+        await asyncio.sleep(60)
+        return {"trail": []}
+
+    runtime = Runtime(settings)
+    events = runtime.stream(chain(slow), {"trail": []})
+    run_id = next(event.run_id for event in events if isinstance(event, StepStarted))
+    runtime.close()
+    assert record(settings, run_id)[0].status == "cancelled"
+    with pytest.raises(RunCancelled, match=run_id):
+        list(events)
+
+
+def test_closing_does_not_wait_for_a_model_that_is_being_prepared(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, release = threading.Event(), threading.Event()
+
+    def open_slowly(*_: object) -> ScriptedEngine:
+        began.set()
+        release.wait(30)
+        return ScriptedEngine([])
+
+    monkeypatch.setattr("agentops.runtime.open_engine", open_slowly)
+    runtime = Runtime(settings)
+    worker = threading.Thread(target=lambda: runtime.engine, daemon=True)
+    worker.start()
+    assert began.wait(5)
+    started = time.monotonic()
+    runtime.close()
+    assert time.monotonic() - started < 5
+    release.set()
+    worker.join(5)
+
+
+def test_the_bridge_works_after_a_fork(settings: Settings) -> None:
+    code = """
+import asyncio, os
+from agentops.sync import run_sync
+run_sync(asyncio.sleep(0))
+child = os.fork()
+if child == 0:
+    run_sync(asyncio.sleep(0))
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=30)
