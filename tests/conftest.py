@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_CACHE = Path(os.environ.get("AGENTOPS_PATHS_CACHE") or platformdirs.user_cache_dir("agentops-runtime")).absolute()
-NO_DATA = "no real data: set AGENTOPS_SHARED_DATA to its folder, or put it in shared/data beside the checkout"
+NO_DATA = "no real data sets here: name their folder in AGENTOPS_SHARED_DATA"
 
 
 def pytest_configure(config: pytest.Config) -> None:
