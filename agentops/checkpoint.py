@@ -2,7 +2,9 @@
 
 The lease on a thread is an exclusive lock on a file beside its checkpoints; the system drops it when the process dies.
 With one file a thread there is never a second process writing it, so SQLite's WAL-reset defect (versions 3.7.0 to
-3.51.2) cannot be met. What is read back may only become types that the graph's own schema names.
+3.51.2) cannot be met. What is read back may only become types that the graph's own schema names, and executes nothing;
+that the library beneath keeps to this is tried once a process. Conversations are for their owner's eyes: folder and files
+are made so that nobody else can read them.
 This module knows nothing of runs, spans or models.
 """
 
@@ -11,8 +13,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 import fcntl
+import functools
+import logging
 import os
 import re
+import threading
 import typing
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -20,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import aiosqlite
-from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+import ormsgpack
+from langgraph.checkpoint.serde import jsonplus
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from pydantic import BaseModel
 
@@ -56,7 +62,8 @@ def lease(settings: Settings, thread_id: str) -> Iterator[None]:
     """
     folder = checkpoint_folder(settings)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(0o700, parents=True, exist_ok=True)
+        folder.mkdir(0o700, exist_ok=True)
         handle = os.open(folder / f"{check_thread_id(thread_id)}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise RecordError(f"{folder} cannot be written: {error.strerror}", hint="see: agentops doctor") from error
@@ -80,13 +87,14 @@ async def open_checkpointer(settings: Settings, thread_id: str, types: frozenset
     `types` may be built while reading, beside LangGraph's list of safe ones.
 
     Raises:
-        StoreBroken: the file is not a database.
+        StoreBroken: the file is not a database; while reading, what it holds was not written by this program.
+        RecordError: the file cannot be made, or the library beneath would execute what a checkpoint names.
     """
+    _try_strictness()
     file = checkpoint_folder(settings) / f"{check_thread_id(thread_id)}.db"
-    allowed = [(kind.__module__, kind.__qualname__) for kind in types]
-    serializer = JsonPlusSerializer(allowed_msgpack_modules=allowed or None)
+    _make_private(file)
     async with aiosqlite.connect(file) as connection:
-        saver = AsyncSqliteSaver(connection, serde=serializer)
+        saver = AsyncSqliteSaver(connection, serde=_Serializer(types))
         try:
             await saver.setup()
             await connection.execute("PRAGMA synchronous=FULL")
@@ -96,6 +104,68 @@ async def open_checkpointer(settings: Settings, thread_id: str, types: frozenset
                 hint=f"move {file} away; the thread then starts anew",
             ) from error
         yield saver
+
+
+def _make_private(file: Path) -> None:
+    """An empty file that only its owner may read; what SQLite puts beside it inherits that."""
+    try:
+        # Only ever one that is not there: closing another descriptor of an open database drops SQLite's locks on it.
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise RecordError(f"{file} cannot be made: {error.strerror}", hint="see: agentops doctor") from error
+
+
+class _Serializer(jsonplus.JsonPlusSerializer):
+    """Reads what it writes and nothing else: LangGraph's older JSON form can name objects to build, a pickle any code."""
+
+    def __init__(self, types: frozenset[type]) -> None:
+        super().__init__(allowed_msgpack_modules=[(kind.__module__, kind.__qualname__) for kind in types] or None)
+
+    def loads_typed(self, data: tuple[str, bytes]) -> Any:
+        if data[0] not in ("msgpack", "bytes", "bytearray", "null"):
+            raise StoreBroken(
+                f"a checkpoint is of the kind {str(data[0])[:40]!r}, which is never written here; nothing of it was read",
+                hint="something else changed the thread's file; begin a new thread",
+            )
+        return super().loads_typed(data)
+
+
+# Calls that show when they are made, in every form that a checkpoint has for them; their bare argument must come back.
+_HARMLESS_CALLS: tuple[tuple[int, tuple[Any, ...]], ...] = (
+    (jsonplus.EXT_CONSTRUCTOR_SINGLE_ARG, ("builtins", "len", "abc")),
+    (jsonplus.EXT_CONSTRUCTOR_POS_ARGS, ("os", "getcwd", [])),
+    (jsonplus.EXT_CONSTRUCTOR_KW_ARGS, ("os", "getcwd", {})),
+    (jsonplus.EXT_METHOD_SINGLE_ARG, ("builtins", "str", "abc", "upper")),
+    (jsonplus.EXT_PYDANTIC_V1, ("os", "getcwd", {})),
+    (jsonplus.EXT_PYDANTIC_V2, ("os", "getcwd", {}, "model_validate_json")),
+)
+
+
+@functools.cache
+def _try_strictness() -> None:
+    """
+    Raises:
+        RecordError: something that a checkpoint names was called.
+    """
+    serializer, me = _Serializer(frozenset()), threading.get_ident()
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.thread != me
+
+    # Each call refused is logged as an attack; these are ours.
+    jsonplus.logger.addFilter(of_others)
+    try:
+        for code, call in _HARMLESS_CALLS:
+            blob = ormsgpack.packb(ormsgpack.Ext(code, ormsgpack.packb(call)))
+            if serializer.loads_typed(("msgpack", blob)) != call[2]:
+                raise RecordError(
+                    f"the installed langgraph-checkpoint calls what a checkpoint names ({call[0]}.{call[1]}); none was opened",
+                    hint="install the versions that agentops-runtime asks for",
+                )
+    finally:
+        jsonplus.logger.removeFilter(of_others)
 
 
 def schema_types(*schemas: Any) -> frozenset[type]:

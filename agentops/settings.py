@@ -124,6 +124,10 @@ def variable(key: str) -> str:
     return "AGENTOPS_" + key.replace(".", "_").upper()
 
 
+# The command line's flag for a key where it is not the key's own last word.
+_FLAGS = {"model.name": "--model"}
+
+
 def load_settings(
     flags: Mapping[str, Any] | None = None,
     *,
@@ -146,7 +150,7 @@ def load_settings(
             found[key] = environment[variable(key)], f"${variable(key)}"
     for key, value in (flags or {}).items():
         if value is not None:
-            found[key] = value, "--" + key.rpartition(".")[2].replace("_", "-")
+            found[key] = value, _FLAGS.get(key) or "--" + key.rpartition(".")[2].replace("_", "-")
     settings, sources = Settings(), {}
     for key, (raw, source) in found.items():
         section, spec, kind = _known(key, source)

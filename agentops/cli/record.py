@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
@@ -41,7 +42,8 @@ def runs(
     if status is not None and status not in _STATUSES:
         raise UsageError(f"no run can be '{status}'", hint="one of: " + ", ".join(_STATUSES))
     with _record() as store:
-        found = store.runs(status=status, graph=graph, thread=thread, since_ns=_since(since), limit=limit + 1)  # type: ignore[arg-type]
+        wanted = _reference(graph) if graph else None
+        found = store.runs(status=status, graph=wanted, thread=thread, since_ns=_since(since), limit=limit + 1)  # type: ignore[arg-type]
     more = len(found) > limit
     if as_json:
         print(json.dumps([dataclasses.asdict(run) for run in found[:limit]], indent=2))
@@ -108,6 +110,14 @@ def _since(text: str | None) -> int | None:
         return int(datetime.fromisoformat(text.strip()).astimezone().timestamp() * 1e9)
     except (ValueError, OverflowError, OSError):
         raise UsageError(f"'{text}' is no time", hint="write 30m, 1h, 7d, 2026-11-01 or 2026-11-01T08:30") from None
+
+
+def _reference(graph: str) -> str:
+    """What is on record for a graph that was run under this name: a file's absolute path, and `graph` where none is named."""
+    if graph.startswith("python:") or not (".py" in graph or "/" in graph):
+        return graph
+    path, _, attribute = graph.partition(":")
+    return f"{Path(path).expanduser().absolute()}:{attribute or 'graph'}"
 
 
 def _table(rows: list[RunRow]) -> None:
@@ -258,13 +268,21 @@ def _print_content(console: Console, name: str, value: Any) -> None:
         console.print(Text(f"{name}: {len(value)} documents", style="dim"))
         for rank, hit in enumerate(value, 1):
             score = hit.get("score")
-            legs = " ".join(f"{leg} #{hit[leg]['rank']} ({hit[leg]['score']:.3f})" for leg in ("vector", "lexical") if leg in hit)
+            legs = " ".join(f"{name} {place}" for name in ("vector", "lexical") if (place := _leg(hit.get(name))))
             shown = f"{score:.4f}" if isinstance(score, int | float) else "-"
             console.print(Text(f"  [{rank}] {clean(str(hit['source']))}  {shown}  {legs}".rstrip(), style="bold"))
             console.print(Text(_indented(hit["text"])))
         return
     console.print(Text(name, style="dim"))
     console.print(Text(_indented(value)))
+
+
+def _leg(found: Any) -> str:
+    """`#1 (0.812)`; nothing for what another retriever keeps under a leg's name."""
+    match found:
+        case {"rank": int(rank), "score": int() | float() as score}:
+            return f"#{rank} ({score:.3f})"
+    return ""
 
 
 def _all_have(value: Any, *names: str) -> bool:

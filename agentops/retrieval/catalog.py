@@ -79,7 +79,8 @@ class Catalog:
         """
         lock = FileLock(self._folder / "index.lock", timeout=self._timeout, poll_interval=0.01)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.parent.mkdir(0o700, parents=True, exist_ok=True)
+            self._folder.mkdir(0o700, exist_ok=True)
             lock.acquire()
         except Timeout:
             raise RetrievalError(

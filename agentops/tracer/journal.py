@@ -47,7 +47,8 @@ class Journal:
 
     def _open(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(0o700, parents=True, exist_ok=True)
+            self.folder.mkdir(0o700, exist_ok=True)
             while True:
                 self.path = self.folder / (UlidSource().new("j") + SUFFIX)
                 self._fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
@@ -71,6 +72,15 @@ class Journal:
 
     @property
     def segment(self) -> str:
+        """The name of this process's own file: whether it lives tells whether what names it still runs.
+
+        Raises:
+            JournalFull: a forked child's own cannot be made.
+        """
+        if self._orphan:
+            with self._lock:
+                if self._orphan and not self._closed:
+                    self._open()
         return self.path.name
 
     def append(self, *events: Event, last_word: bool = False) -> None:
@@ -90,8 +100,8 @@ class Journal:
             except OSError as error:
                 if not last_word or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise _full(error, self.folder) from error
-                self._reserve.unlink(missing_ok=True)
                 try:
+                    self._reserve.unlink(missing_ok=True)
                     self._write(frames)
                 except OSError as again:
                     raise _full(again, self.folder) from again

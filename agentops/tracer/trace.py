@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 LiveEvent = StepStarted | StepEnded | Token
 _NOTHING: Any = object()
 _STACK_CHARACTERS = 20_000
+_LAST_WORD_CHARACTERS = 2_000
 
 
 class Span:
@@ -211,8 +212,11 @@ class RunTrace:
         self.tracer.write([*events, self._root.row])
 
     def end(self, status: RunStatus, output: Any = None, error: BaseException | str | None = None) -> None:
-        """Closes the workflow span and whatever is still open under it, and writes how the run ended. Never raises:
-        when the journal is full (`check` tells) the run is found as crashed once its process is gone."""
+        """Closes the workflow span and whatever is still open under it, and writes how the run ended. Never raises.
+
+        Where the disk has no room for that, the bare end is written, with `output_left_out` on the workflow span. When not
+        even that can be (`check` tells), the run is found as crashed once its process is gone.
+        """
         try:
             self._end(status, output, error)
         except JournalFull as full:
@@ -237,7 +241,23 @@ class RunTrace:
             else:
                 self._finish(span, "interrupted" if status == "waiting" else "cancelled", None)
             events.append(span.row)
-        self.tracer.write([*events, {**row, "ns": self.tracer.clock.now_ns()}], last_word=True)
+        row["ns"] = self.tracer.clock.now_ns()
+        try:
+            self.tracer.write([*events, row], last_word=True)
+        except JournalFull:
+            self._end_barely(row, [event for event in events if self._root and event is self._root.row], output is not None)
+
+    def _end_barely(self, row: Event, root: list[Event], had_output: bool) -> None:
+        """The run and its workflow span alone, small enough for the space kept back for them."""
+        for event in (*root, row):
+            event.pop("output_hash", None)
+            if "error" in event:
+                event["error"] = event["error"][:_LAST_WORD_CHARACTERS]
+        for event in root:
+            event["attributes"] = {"emitted": self._emitted, "faults": self._faults}
+            if had_output:
+                event["attributes"]["output_left_out"] = True
+        self.tracer.write([*root, row], last_word=True)
 
     @contextmanager
     def active(self) -> Iterator[None]:

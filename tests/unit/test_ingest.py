@@ -360,3 +360,14 @@ def test_documents_can_be_made_by_hand(index: EmbeddedIndex) -> None:
     index.upsert("c", [make_document("1", "A wing in a slipstream.", {"title": "Experimental investigation"})])
     hit = run_sync(index.search(Query("investigation", "c", 1, "lexical"))).hits[0]
     assert hit.document.hash == content_hash("A wing in a slipstream.")
+
+
+def test_the_index_is_its_owners_alone(tmp_path: Path, docs: Path) -> None:
+    index = EmbeddedIndex(tmp_path / "home" / "index", EMBEDDER)
+    old_umask = os.umask(0o022)
+    try:
+        read(index, docs)
+    finally:
+        os.umask(old_umask)
+        index.close()
+    assert {(tmp_path / "home" / name).stat().st_mode & 0o777 for name in ("", "index")} == {0o700}

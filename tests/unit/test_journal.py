@@ -174,6 +174,21 @@ def test_a_forked_child_writes_a_segment_of_its_own(tmp_path: Path) -> None:
     assert found == [["child"], ["parent", "parent again"]]
 
 
+def test_a_forked_childs_segment_is_named_by_its_own_file_from_the_start(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, pathlib; from agentops.tracer.journal import Journal\n"
+        "journal = Journal(pathlib.Path(sys.argv[1])); mine = journal.segment\n"
+        "if os.fork() == 0:\n"
+        "    journal.append({'named': journal.segment, 'parent': mine}); journal.close(); os._exit(0)\n"
+        "os.wait(); assert journal.segment == mine; journal.close(); assert journal.segment == mine"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    (segment,) = tmp_path.glob("*.seg")
+    (event,) = events_in(segment)
+    assert event is not None
+    assert event["named"] == segment.name != event["parent"]
+
+
 def test_a_closed_journal_takes_nothing(journal: Journal) -> None:
     journal.append({"a": 1})
     journal.close()

@@ -65,6 +65,17 @@ def test_a_prepared_model_is_listed_shown_and_removed(run: Run, tmp_path: Path) 
     assert not folder.exists()
 
 
+def test_json_is_ascii_whatever_a_report_holds(run: Run, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "cache" / "models" / "tiny--model", bits=4)
+    hostile = "\udc80 \x9b2J \u202e"
+    (folder / "prepare.json").write_text(json.dumps({"name": "tiny/model", "calibration": {"tokens": 1, "texts": hostile}}))
+    for words in (("list",), ("show", "tiny/model")):
+        done = run(*words, "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.isascii()
+    assert json.loads(done.stdout)["report"]["calibration"]["texts"] == hostile
+
+
 def test_faults_are_one_line_and_a_hint(run: Run) -> None:
     offline = run("prepare", "smollm2-135m-instruct", "--offline")
     assert offline.returncode == 1

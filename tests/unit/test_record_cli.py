@@ -58,7 +58,7 @@ def cli(settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 @pytest.fixture
-async def recorded(settings: Settings) -> None:
+async def recorded(settings: Settings, tmp_path: Path) -> None:
     """Two runs: one that answers from a document, one that fails; both with text that a terminal must not obey."""
     tracer = open_tracer(settings, clock=SystemClock(), ids=CountingIds())
     engine = TracedEngine(ScriptedEngine({"": "It is \x1b[31mgreen\x1b[0m [1]"}), tracer)
@@ -97,7 +97,7 @@ async def recorded(settings: Settings) -> None:
             trace.end("failed", error=error)
 
     await run("run_1", "rag", retrieve=retrieve, write=write)
-    await run("run_2", "./mine.py:graph", retrieve=retrieve, fail=fail)
+    await run("run_2", f"{tmp_path}/mine.py:graph", retrieve=retrieve, fail=fail)
     tracer.close()
 
 
@@ -132,6 +132,41 @@ def test_runs_are_listed_and_filtered(cli: Cli) -> None:
     (row,) = json.loads(cli("runs", "--json", "--graph", "rag").stdout)
     assert row["usage"]["cached_tokens"] + row["usage"]["computed_tokens"] == row["usage"]["input_tokens"] > 0
     assert "and more" in cli("runs", "--limit", "1").stdout
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_graph_of_a_file_is_found_as_it_was_named_to_run(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named in ("./mine.py:graph", "mine.py:graph", "mine.py", "~/mine.py", f"{tmp_path}/mine.py:graph"):
+        assert [row["id"] for row in json.loads(cli("runs", "--json", "--graph", named).stdout)] == ["run_2"], named
+    for named in ("mine.py:other", "sub/mine.py", "mine", "python:mine.py"):
+        assert json.loads(cli("runs", "--json", "--graph", named).stdout) == [], named
+
+
+def test_what_only_looks_like_documents_is_shown_too(cli: Cli, settings: Settings) -> None:
+    tracer = open_tracer(settings, clock=SystemClock(), ids=CountingIds())
+    run = tracer.start_run(run_id="run_1", thread_id="th_1", graph="g")
+    legs: list[Any] = [[0.1, 0.2], None, {"rank": 1}, {"rank": 1, "score": "high"}, 7, {"rank": 2, "score": 1}]
+    run.end("done", [{"text": f"text {place}", "source": "s", "vector": leg} for place, leg in enumerate(legs)])
+    tracer.close()
+    done = cli("show", "run_1", "--span", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.findall(r"\[\d\] .*", done.stdout) == [*(f"[{place}] s  -" for place in range(1, 6)), "[6] s  -  vector #2 (1.000)"]
+
+
+def test_json_is_ascii_whatever_the_record_holds(cli: Cli, settings: Settings) -> None:
+    hostile = "a\udc80b \x9b2J \u202e \x1b]0;x\x07"
+    tracer = open_tracer(settings, clock=SystemClock(), ids=CountingIds())
+    run = tracer.start_run(run_id="run_1", thread_id="th_1", graph=hostile, input={"question": hostile})
+    run.end("done", hostile)
+    tracer.close()
+    for words in (("runs", "--json"), ("show", "run_1", "--json")):
+        done = cli(*words)
+        assert done.returncode == 0
+        assert done.stdout.isascii()
+        assert not obeyed(done.stdout)
+    assert json.loads(done.stdout)["run"]["output"] == hostile
 
 
 @pytest.mark.usefixtures("recorded")

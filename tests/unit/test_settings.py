@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+import typer
 
+from agentops.cli import app
 from agentops.errors import SettingsError
 from agentops.settings import Settings, describe, load_settings, variable
 
@@ -34,7 +36,7 @@ def test_each_source_beats_the_one_before_and_is_remembered(tmp_path: Path) -> N
     assert (got.retrieval.chunk_tokens, got.source("retrieval.chunk_tokens")) == (200, str(user))
     assert (got.retrieval.collection, got.source("retrieval.collection")) == ("project", str(project))
     assert (got.retrieval.k, got.source("retrieval.k")) == (5, "$AGENTOPS_RETRIEVAL_K")
-    assert (got.model.name, got.source("model.name")) == ("flag", "--name")
+    assert (got.model.name, got.source("model.name")) == ("flag", "--model")
     assert got.source("engine.device") == "default", "a flag that was not given is no source"
 
 
@@ -47,6 +49,19 @@ def test_every_setting_is_described_and_can_be_set_from_the_environment() -> Non
         assert got.get(key) == value, key
         assert type(got.get(key)) is type(value), key
         assert got.source(key) == f"${variable(key)}"
+
+
+def test_a_value_from_the_command_line_names_a_flag_that_there_is() -> None:
+    given = {"run": ("model.name", "engine.device", "run.seed", "run.trim"), "search": ("retrieval.k", "retrieval.embedder")}
+    values = {"engine.device": "cpu"}
+    group = typer.main.get_group(app)
+    for verb, keys in given.items():
+        flags = {flag for option in group.commands[verb].params for flag in option.opts}
+        for key in keys:
+            got = load_settings({key: values.get(key, "1")}, environment={}, folder=Path("/nonexistent"))
+            assert got.source(key) in flags, key
+    with pytest.raises(SettingsError, match=r"^--model: model\.name must be a word"):
+        load_settings({"model.name": ""}, environment={}, folder=Path("/nonexistent"))
 
 
 def test_settings_are_frozen() -> None:

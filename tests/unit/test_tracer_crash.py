@@ -20,6 +20,7 @@ from langgraph.graph import START, StateGraph
 
 from agentops.clock import CountingIds, SystemClock, UlidSource
 from agentops.errors import JournalFull, StoreBroken
+from agentops.records import RunStatus
 from agentops.settings import PathSettings, RecordSettings, Settings
 from agentops.store import Store, open_store
 from agentops.tracer import Tracer, catch_up, open_tracer, span
@@ -130,6 +131,27 @@ def test_a_crashed_run_that_is_resumed_is_no_longer_crashed(settings: Settings) 
         roots = [one for one in store.spans("run_1") if one.kind == "workflow"]
     assert [one.status for one in roots] == ["crashed", "ok"]
     tracer.close()
+
+
+def test_a_forked_childs_run_is_crashed_once_the_child_is_dead(settings: Settings) -> None:
+    body = """
+import os, signal, time
+child = os.fork()
+if child == 0:
+    tracer.start_run(run_id="run_child", thread_id="th_2", graph="g")
+    os.kill(os.getpid(), signal.SIGKILL)
+os.waitpid(child, 0)
+print(1, flush=True)
+time.sleep(60)
+"""
+    parent = start(settings, "parent", body)
+    try:
+        assert parent.stdout.readline() == "1\n"
+        with record(settings) as store:
+            assert store.run("run_child").status == "crashed"
+            assert store.run("run_parent").status == "running"
+    finally:
+        kill(parent)
 
 
 @pytest.fixture
@@ -271,6 +293,47 @@ def test_a_full_disk_stops_the_run_at_a_step_and_nothing_told_is_lost(small_disk
         spans = store.spans("run_1")
         assert [one.status for one in spans[1:-1]] == ["ok"] * filled_before_step
         assert store.balance("run_1").balanced
+
+
+@pytest.mark.parametrize("status", ["done", "failed"])
+def test_an_end_too_big_for_a_full_disk_is_written_without_its_output(small_disk: Settings, status: RunStatus) -> None:
+    tracer = open_tracer(small_disk, clock=SystemClock(), ids=CountingIds())
+    run = tracer.start_run(run_id="run_1", thread_id="th_1", graph="writer", input={"x": 0})
+    assert tracer.flush()
+    ballast = small_disk.paths.home / "ballast"
+    fill(ballast)
+    if status == "done":
+        run.end("done", output={"text": os.urandom(100_000).hex()})
+    else:
+        run.end("failed", error=ValueError("x" * 100_000))
+    run.check()
+    ballast.unlink()
+    tracer.close()
+    with record(small_disk) as store:
+        row, (root,) = store.run("run_1"), store.spans("run_1")
+        assert (row.status, row.output_hash, root.output_hash) == (status, None, None)
+        assert row.ended_ns is not None
+        assert root.status == ("ok" if status == "done" else "error")
+        assert root.attributes.get("output_left_out") is (True if status == "done" else None)
+        assert str(row.error).startswith("ValueError: xxx") == (status == "failed")
+        assert store.balance("run_1").balanced
+
+
+def test_a_run_whose_end_cannot_be_written_at_all_tells_so(small_disk: Settings) -> None:
+    tracer = open_tracer(small_disk, clock=SystemClock(), ids=CountingIds())
+    run = tracer.start_run(run_id="run_1", thread_id="th_1", graph="writer")
+    run.check()
+    (reserve,) = (small_disk.paths.home / "journal").glob("*.reserve")
+    reserve.unlink()
+    fill(small_disk.paths.home / "ballast")
+    with suppress(JournalFull):  # the segment's last page still has room
+        for _ in range(4096):
+            tracer.journal.append(run._row)
+    run.check()
+    run.end("done", output={"text": "x" * 100_000})
+    with pytest.raises(JournalFull, match="No space left"):
+        run.check()
+    tracer.close()
 
 
 def test_a_run_does_not_start_on_a_full_disk(small_disk: Settings) -> None:
