@@ -11,7 +11,8 @@ import asyncio
 import atexit
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -108,10 +109,11 @@ class LocalEngine:
         """As `Engine.stream`."""
         self._check_open()
         check_request(request, self._settings.input_bytes)
-        prompt, trimmed = await _aside(request, lambda: self._prompt(request))
         grammar = None
-        if request.constraint is not None:
-            grammar = await asyncio.to_thread(self._tokenizer.compile, request.constraint)
+        with _panics_told():
+            prompt, trimmed = await _aside(request, lambda: self._prompt(request))
+            if request.constraint is not None:
+                grammar = await asyncio.to_thread(self._tokenizer.compile, request.constraint)
         with self._change:
             self._requests += 1
             number = self._requests
@@ -154,7 +156,8 @@ class LocalEngine:
         """As `Engine.score`. A choice's last token is predicted, not read, so it is not part of `input_tokens`."""
         self._check_open()
         check_score_request(request, self._settings.input_bytes)
-        prefix, choices = await _aside(request, lambda: self._score_tokens(request))
+        with _panics_told():
+            prefix, choices = await _aside(request, lambda: self._score_tokens(request))
         events, send = self._mailbox()
         call = ScoreCall(
             prefix,
@@ -201,7 +204,8 @@ class LocalEngine:
             return ids, 0
         cut: list[int] | None = None
         if request.trim and room > 0:
-            cut = ids[-room:] if request.text is not None else self._tokenizer.trim_chat(request.messages, room)
+            chat = request.text is None
+            cut = self._tokenizer.trim_chat(request.messages, room) if chat else self._tokenizer.trim_text(ids, room)
         if cut is None:
             raise PromptTooLong(len(ids), request.max_tokens, self._info.context_tokens)
         return cut, len(ids) - len(cut)
@@ -220,8 +224,8 @@ class LocalEngine:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def send(event: Event) -> None:
-            # A loop that was closed while its request ran has nobody left to tell.
-            if not loop.is_closed():
+            # A loop that was closed while its request ran, which may be this moment, has nobody left to tell.
+            with suppress(RuntimeError):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         return events, send
@@ -258,7 +262,8 @@ class LocalEngine:
         end: EngineError = _closed()
         try:
             self._serve()
-        except Exception as error:
+        # Native libraries panic with an exception that is no Exception; whoever waits must be told of that too.
+        except BaseException as error:
             end = EngineClosed(f"the engine broke down: {type(error).__name__}: {error}", hint="open it again; this is a defect")
             end.__cause__ = error
         with self._change:
@@ -266,7 +271,10 @@ class LocalEngine:
             self._active.update(self._inbox)
             self._inbox.clear()
         for call in list(self._active):
-            self._fail(call, end)
+            # Books that are broken must not keep the others from hearing of it.
+            with suppress(BaseException):
+                self._end(call)
+            call.send(end)
         self._runner.close()
 
     def _serve(self) -> None:
@@ -293,7 +301,7 @@ class LocalEngine:
             chunk.sequence.owner.start()
         try:
             logits = self._runner.step(_batch(chunks))
-        except Exception as error:
+        except BaseException as error:
             for call in {chunk.sequence.owner for chunk in chunks}:
                 self._fail(call, EngineError(f"the model failed: {type(error).__name__}: {error}"), error)
             return
@@ -311,7 +319,7 @@ class LocalEngine:
             except EngineError as error:
                 self._fail(call, error)
                 continue
-            except Exception as error:
+            except BaseException as error:
                 self._fail(call, EngineError(f"the request failed: {type(error).__name__}: {error}"), error)
                 continue
             if call.over:
@@ -328,7 +336,7 @@ class LocalEngine:
                 cached += sequence.cached
         self._totals += Usage(input_tokens=computed + cached, cached_tokens=cached, computed_tokens=computed)
 
-    def _fail(self, call: Call, error: EngineError, cause: Exception | None = None) -> None:
+    def _fail(self, call: Call, error: EngineError, cause: BaseException | None = None) -> None:
         if cause is not None:
             error.__cause__ = cause
         self._end(call)
@@ -349,6 +357,17 @@ async def _aside(request: Request | ScoreRequest, make: Callable[[], T]) -> T:
     """Small inputs are made into tokens at once; big ones in a thread, so that the caller's event loop goes on."""
     size = len(request.text) if request.text is not None else sum(len(message.content) for message in request.messages)
     return make() if size < _INLINE_CHARACTERS else await asyncio.to_thread(make)
+
+
+@contextmanager
+def _panics_told() -> Iterator[None]:
+    """A native library's panic, which is no Exception, as an error that callers know."""
+    try:
+        yield
+    except (Exception, asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise EngineError(f"the request failed: {type(error).__name__}: {error}") from error
 
 
 def _batch(chunks: list[Chunk]) -> Batch:

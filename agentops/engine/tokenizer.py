@@ -1,46 +1,53 @@
 """Text to tokens and back: the model's tokenizer, its chat template, and text that appears piece by piece.
 
-The template comes from the model folder and is not trusted: it is rendered in jinja2's immutable sandbox. What users and
-documents say is not trusted either: in a conversation, the spelling of a control token is text and never becomes one.
-It knows nothing of sequences or of what is asked of them.
+What users and documents say is not trusted: in a conversation, the spelling of a control token is text and never becomes
+one, and half a surrogate pair is read as U+FFFD. It knows nothing of sequences or of what is asked of them.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import threading
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llguidance import LLTokenizer
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from agentops.engine.checkpoint import Checkpoint
 from agentops.engine.sampler import Grammar, compile_constraint
-from agentops.errors import ModelBroken, ModelUnsupported, UsageError
+from agentops.engine.template import ChatTemplate
+from agentops.errors import ModelBroken, ModelUnsupported
 from agentops.records import Constraint, Message
 
 _TEMPLATE_BYTES = 256 * 1024
 _PRIVATE_USE = range(0x10F000, 0x10FFFE)
 _HELD_TOKENS = 8
+_TOKENIZER_BYTES = 64 * 1024 * 1024
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ChatTokenizer:
     """The tokenizer of a checkpoint. May be used from several threads at once.
 
     Raises (when made):
-        ModelBroken: tokenizer.json or the template cannot be read.
+        ModelBroken: tokenizer.json or the template cannot be read, or there are tokens that the model does not know.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._source = (checkpoint.folder / "tokenizer.json").read_text(encoding="utf-8")
+        self._source = _read(checkpoint.folder / "tokenizer.json")
         self._folder = checkpoint.folder
         self._vocabulary = checkpoint.config.vocabulary
         self._tokenizer = self._load()
+        # Such a token would fail in the middle of a step, which others share.
+        if (highest := max(self._tokenizer.get_vocab().values(), default=-1)) >= self._vocabulary:
+            raise ModelBroken(
+                f"{self._folder}: tokenizer.json has the token {highest:,}, the model knows {self._vocabulary:,} tokens",
+                hint="tokenizer and weights belong to different models: prepare or download the model again",
+            )
         self._lock = threading.Lock()
         self._grammar_tokenizer: LLTokenizer | None = None
         settings = checkpoint.read_json("tokenizer_config.json") or {}
@@ -50,7 +57,8 @@ class ChatTokenizer:
             eos.append(token)
         self.eos = frozenset(token for token in eos if token < self._vocabulary)
         self._specials = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
-        self._template = self._compile(self._template_text(settings))
+        template = self._template_text(settings)
+        self._template = None if template is None else ChatTemplate(template, str(self._folder))
 
     def compile(self, constraint: Constraint) -> Grammar:
         """A constraint over this tokenizer's tokens. The first call takes a moment, a big schema takes one each.
@@ -65,11 +73,11 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """A text taken as it is: control tokens spelled in it count as such, and a model that wants a first token gets it."""
-        return self._tokenizer.encode(text).ids
+        return self._tokenizer.encode(_whole(text)).ids
 
     def encode_more(self, text: str) -> list[int]:
         """A text that follows others: nothing is put before it and no control token is made."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return self._plain.encode(_whole(text), add_special_tokens=False).ids
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """A conversation through the chat template, up to where the answer begins.
@@ -79,6 +87,7 @@ class ChatTokenizer:
             UsageError: the template refuses the conversation.
             ModelBroken: the template fails.
         """
+        messages = [Message(message.role, _whole(message.content)) for message in messages]
         spelled = [token for token in self._specials if any(token in message.content for message in messages)]
         if not spelled:
             return self._tokenizer.encode(self._render(messages), add_special_tokens=False).ids
@@ -97,35 +106,43 @@ class ChatTokenizer:
             text = ""
         return ids + self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def trim_text(self, text: str, room: int) -> list[int]:
-        """The last `room` tokens of a text, or all of them."""
-        return self.encode(text)[-room:]
+    def trim_text(self, ids: list[int], room: int) -> list[int]:
+        """The end of an encoded text, `room` tokens long. A first token that the model wants stays."""
+        first = self._tokenizer.encode("").ids[:1]
+        if ids[:1] != first:
+            first = []
+        return first + ids[len(ids) - room + len(first) :]
 
     def trim_chat(self, messages: Sequence[Message], room: int) -> list[int] | None:
         """A conversation cut to `room` tokens: whole old turns go first, then the beginning of the last turn.
 
-        System messages stay. None where they alone do not fit.
+        A user's turn goes with all that answered it, for many templates want a user to begin. System messages stay.
+        None where they alone do not fit.
         """
         kept = list(messages)
         ids = self.encode_chat(kept)
-        turns = [message for message in messages if message.role != "system"]
+        turns = [at for at, message in enumerate(messages) if message.role != "system"]
+        gone: set[int] = set()
         while len(ids) > room and len(turns) > 1:
-            oldest = turns.pop(0)
-            kept = [message for message in kept if message is not oldest]
-            ids = self.encode_chat(kept)
+            users = (place for place, at in enumerate(turns) if place and messages[at].role == "user")
+            oldest = next(users, 1)
+            gone.update(turns[:oldest])
+            turns = turns[oldest:]
+            ids = self.encode_chat([message for at, message in enumerate(kept) if at not in gone])
         while len(ids) > room:
-            if not turns or not turns[0].content:
+            if not turns or not (last := kept[turns[0]]).content:
                 return None
-            shorter = Message(turns[0].role, self.cut_front(turns[0].content, len(ids) - room))
-            kept = [shorter if message is turns[0] else message for message in kept]
-            turns = [shorter]
-            ids = self.encode_chat(kept)
+            kept[turns[0]] = Message(last.role, self.cut_front(last.content, len(ids) - room))
+            ids = self.encode_chat([message for at, message in enumerate(kept) if at not in gone])
         return ids
 
     def cut_front(self, text: str, tokens: int) -> str:
-        """The text without its first `tokens` tokens."""
+        """The text without its first `tokens` tokens, or a few more: characters stay whole."""
+        text = _whole(text)
         offsets = self._plain.encode(text, add_special_tokens=False).offsets
-        return text[offsets[tokens][0] :] if tokens < len(offsets) else ""
+        # The tokens of one character all begin where it begins.
+        begin = next((start for start, _ in offsets[tokens:] if start > 0), len(text))
+        return text[begin:]
 
     def writer(self, prompt: Sequence[int], stop: Sequence[str]) -> Writer:
         return Writer(self._tokenizer, prompt, stop)
@@ -167,41 +184,13 @@ class ChatTokenizer:
             )
         return text
 
-    def _compile(self, text: str | None) -> Any:
-        if text is None:
-            return None
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], autoescape=False
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            return environment.from_string(text)
-        except (TemplateError, RecursionError) as error:
-            raise ModelBroken(
-                f"{self._folder}: the chat template is damaged: {error}", hint="prepare or download the model again"
-            ) from error
-
     def _render(self, messages: Sequence[Message]) -> str:
         if self._template is None:
             raise ModelUnsupported(
                 f"{self._folder} has no chat template, so it takes no conversations",
                 hint="use an instruct model, or give the request a text instead of messages",
             )
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            rendered: str = self._template.render(
-                messages=turns, add_generation_prompt=True, bos_token=self._bos, eos_token=self._eos
-            )
-        except UsageError:
-            raise
-        # A template can fail in any way code can.
-        except Exception as error:
-            raise ModelBroken(
-                f"{self._folder}: the chat template failed: {type(error).__name__}: {error}",
-                hint="the template does not suit this conversation; send system, user and assistant turns in order",
-            ) from error
-        return rendered
+        return self._template.render(messages, bos_token=self._bos, eos_token=self._eos)
 
 
 class Writer:
@@ -209,8 +198,12 @@ class Writer:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(prompt[-_HELD_TOKENS:]), skip_special_tokens=True)
-        self._stop = [text for text in stop if text]
+        before = list(prompt[-_HELD_TOKENS:])
+        # A prompt that ends inside a character would be given out with the first whole one.
+        if tokenizer.decode(before).endswith("\ufffd"):
+            before = []
+        self._stream = DecodeStream(ids=before, skip_special_tokens=True)
+        self._stop = [_whole(text) for text in stop if text]
         self._held = ""
         self.text = ""
         self.stopped = False
@@ -251,5 +244,15 @@ def _token_text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _refuse(message: object) -> None:
-    raise UsageError(f"the model's chat template refuses the conversation: {str(message)[:500]}")
+def _whole(text: str) -> str:
+    """The text as it can be encoded: pairs of surrogates are characters, half a pair is U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if _SURROGATE.search(text) else text
+
+
+def _read(file: Path) -> str:
+    try:
+        if (size := file.stat().st_size) <= _TOKENIZER_BYTES:
+            return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelBroken(f"{file} cannot be read: {error}", hint="prepare or download the model again") from error
+    raise ModelBroken(f"{file} has {size:,} bytes; at most {_TOKENIZER_BYTES:,} are read", hint="it is no tokenizer")

@@ -24,7 +24,7 @@ from agentops.engine import generate
 from agentops.engine.chat import EngineChatModel
 from agentops.engine.local import LocalEngine, open_engine
 from agentops.engine.runners import Batch
-from agentops.errors import EngineError, EngineOverloaded, PromptTooLong
+from agentops.errors import EngineClosed, EngineError, EngineOverloaded, PromptTooLong
 from agentops.records import Constraint, Delta, Generation, Message, Request, ScoreRequest, Usage
 from agentops.settings import load_settings
 
@@ -202,6 +202,67 @@ async def test_a_scheduler_that_breaks_tells_everybody(opened: Open) -> None:
     for _ in range(2):
         with pytest.raises(EngineError):
             await asyncio.wait_for(generate(engine, asks("yes")), 5)
+
+
+class Panic(BaseException):
+    """What pyo3 raises when native code panics: no Exception."""
+
+
+@pytest.mark.parametrize("where", ["step", "choose", "plan"])
+async def test_a_native_panic_is_told_to_whoever_waits(opened: Open, where: str) -> None:
+    engine = opened()
+
+    def panic(*_: Any) -> Any:
+        raise Panic("index out of bounds")
+
+    request = asks("yes", max_tokens=3)
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "step":
+            patch.setattr(engine._runner, "step", panic)
+        elif where == "choose":
+            patch.setattr("agentops.engine.sampler.Sampler.choose", panic)
+        else:
+            patch.setattr(engine._scheduler, "plan", panic)
+            patch.setattr(engine._scheduler, "finish", panic)
+        waiting = [asyncio.create_task(generate(engine, request)) for _ in range(3)]
+        for told in await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5):
+            assert isinstance(told, EngineError)
+    if where == "plan":
+        with pytest.raises(EngineClosed):
+            await asyncio.wait_for(generate(engine, request), 5)
+    else:
+        assert (await asyncio.wait_for(generate(engine, request), 5)).usage.output_tokens == 3
+
+
+async def test_a_panic_of_the_tokenizer_is_an_error_of_ours(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = opened()
+
+    def panic(*_: Any) -> Any:
+        raise Panic("byte index is no boundary")
+
+    monkeypatch.setattr(engine._tokenizer, "encode", panic)
+    with pytest.raises(EngineError, match="no boundary"):
+        await generate(engine, asks("yes"))
+    with pytest.raises(EngineError, match="no boundary"):
+        await engine.score(ScoreRequest(("yes",), text="no"))
+
+
+async def test_a_loop_that_closes_while_it_is_told_does_no_harm(opened: Open) -> None:
+    engine = opened()
+
+    async def mailbox() -> Any:
+        return engine._mailbox()[1]
+
+    def late() -> None:
+        loop = asyncio.new_event_loop()
+        send = loop.run_until_complete(mailbox())
+        loop.close()
+        with pytest.MonkeyPatch.context() as patch:
+            # As it was when the engine looked, a moment before.
+            patch.setattr(loop, "is_closed", lambda: False)
+            send(Delta("late"))
+
+    await asyncio.to_thread(late)
 
 
 async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(opened: Open) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +15,9 @@ from tiny_model import write_tiny_model
 
 from agentops.engine.checkpoint import open_checkpoint
 from agentops.engine.sampler import Sampler, log_probabilities
+from agentops.engine.template import ChatTemplate
 from agentops.engine.tokenizer import ChatTokenizer
+from agentops.errors import ConstraintInvalid, ModelBroken
 from agentops.records import Constraint, Message
 
 
@@ -151,3 +157,108 @@ def test_a_conversation_is_cut_from_its_oldest_end(tokenizer: ChatTokenizer) -> 
     assert 30 < len(cut) <= 40
     assert cut[:8] == tokenizer.encode_chat(turns)[:8]
     assert tokenizer.trim_chat(turns[:1], 3) is None
+
+
+@pytest.mark.parametrize("text", ["😀" * 20, "東京の天気" * 8, "a😀" * 10])
+def test_a_last_turn_of_many_byte_characters_is_cut_between_them(tokenizer: ChatTokenizer, text: str) -> None:
+    turns = [Message("user", text)]
+    whole = tokenizer.encode_chat(turns)
+    for less in (1, 2, 3, 7):
+        cut = tokenizer.trim_chat(turns, len(whole) - less)
+        assert cut is not None
+        assert len(whole) - less - 4 <= len(cut) <= len(whole) - less
+        assert text.endswith(tokenizer._tokenizer.decode(cut).removeprefix("user\n").partition("\n")[0])
+    assert tokenizer.cut_front("😀", 1) == ""
+
+
+def test_a_trimmed_conversation_begins_with_a_user(tokenizer: ChatTokenizer) -> None:
+    long = "one two three " * 10
+    turns = [Message("system", "yes"), *[Message("user", "x"), Message("assistant", long), Message("tool", long)] * 3]
+    turns.append(Message("user", "last"))
+    whole = tokenizer.encode_chat(turns)
+    assert tokenizer.trim_chat(turns, len(whole) - 1) == tokenizer.encode_chat([turns[0], *turns[4:]])
+    assert tokenizer.trim_chat(turns, 60) == tokenizer.encode_chat([turns[0], turns[-1]])
+    answered = [Message("user", long), Message("assistant", "yes"), Message("tool", "no")]
+    assert tokenizer.trim_chat(answered, 40) == tokenizer.encode_chat(answered[1:])
+
+
+def test_half_a_surrogate_pair_is_a_character_that_cannot_be_read(tokenizer: ChatTokenizer) -> None:
+    broken, read = "a\ud83db\ude00 \ud83d\ude00", "a\ufffdb\ufffd 😀"
+    assert tokenizer.encode(broken) == tokenizer.encode(read)
+    assert tokenizer.encode_more(broken) == tokenizer.encode_more(read)
+    assert tokenizer.encode_chat([Message("user", broken)]) == tokenizer.encode_chat([Message("user", read)])
+    assert tokenizer.cut_front(broken, 0) in read
+    assert write(tokenizer, "abc", ("\ud83d", "c"))[1] == "ab"
+    for constraint in (Constraint("choice", [broken]), Constraint("regex", broken), Constraint("json_schema", {"const": broken})):
+        with pytest.raises(ConstraintInvalid):
+            tokenizer.compile(constraint)
+
+
+@pytest.mark.parametrize("prompt", ["what 東京"[:6], "the \ufffd"])
+def test_a_prompt_that_ends_inside_a_character_is_not_given_out(tokenizer: ChatTokenizer, prompt: str) -> None:
+    before = tokenizer.encode(prompt)
+    if "\ufffd" not in prompt:
+        before = before[:-1]
+    writer = tokenizer.writer(before, ())
+    given = "".join(writer.add(token) for token in tokenizer.encode_more("yes no"))
+    assert given.replace("\ufffd", "") == "yes no"
+
+
+def test_the_end_of_a_text_keeps_the_first_token_that_the_model_wants(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "tiny")
+    plain = ChatTokenizer(open_checkpoint(folder))
+    ids = plain.encode("the lazy dog")
+    assert plain.trim_text(ids, 3) == ids[-3:]
+    described = json.loads((folder / "tokenizer.json").read_text())
+    described["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    wanting = ChatTokenizer(open_checkpoint(folder))
+    ids = wanting.encode("the lazy dog")
+    assert wanting.trim_text(ids, 3) == [1, *ids[-2:]]
+    assert wanting.trim_text(ids, 1) == [1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set r = range(99999) %}{% for a in r %}{% for b in r %}x{% endfor %}{% endfor %}",
+        "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% for a in [1] recursive %}{{ loop([1, 2, 3]) }}{% endfor %}",
+        "{% for m in messages %}{{ m.content * 999999999 }}{% endfor %}",
+        "{% for m in messages %}{% for n in range(9999) %}{{ m.content * 9999 }}{% endfor %}{% endfor %}",
+        "{% set n = messages | length + 9 %}{{ n ** (n ** 9) }}",
+        "{{ lipsum(99999) }}",
+        "{{ ([1] | slice(999999999) | list) }}",
+    ],
+)
+def test_a_template_that_does_not_end_is_stopped(text: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ModelBroken, match="chat template"):
+        ChatTemplate(text, "tiny").render([Message("user", "hello")])
+    assert time.monotonic() - started < 3
+
+
+def test_a_template_may_look_at_a_long_conversation() -> None:
+    text = (
+        "{% for m in messages %}{% if loop.first or loop.previtem.role != m.role %}{{ m.role ~ ' ' * 2 }}{% endif %}"
+        "{{ m.content | trim }}{% if loop.last %}{{ loop.length }}{% endif %}{% endfor %}"
+    )
+    turns = [Message("user", "u" * 3000), Message("assistant", " a ")] * 1000
+    for _ in range(2):
+        assert ChatTemplate(text, "tiny").render(turns) == ("user  " + "u" * 3000 + "assistant  a") * 1000 + "2000"
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "tiny")
+    described = json.loads((folder / "tokenizer.json").read_text())
+    for number in range(384):
+        described["added_tokens"].append({**described["added_tokens"][0], "id": 384 + number, "content": f"<|more{number}|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(ModelBroken, match="the model knows 384 tokens"):
+        ChatTokenizer(open_checkpoint(folder))
