@@ -98,6 +98,8 @@ async def open_checkpointer(settings: Settings, thread_id: str, types: frozenset
         try:
             await saver.setup()
             await connection.execute("PRAGMA synchronous=FULL")
+        except aiosqlite.OperationalError:
+            raise  # the disk is full, or the file is locked: what it holds is not in question
         except aiosqlite.DatabaseError as error:
             raise StoreBroken(
                 f"the checkpoints of thread {thread_id} cannot be read: {error}",

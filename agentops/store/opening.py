@@ -85,7 +85,7 @@ def _writer(path: Path, timeout_s: float) -> Engine:
 @contextmanager
 def _turn(path: Path, timeout_s: float) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
         lock = FileLock(path.with_suffix(".lock"))
         lock.acquire(timeout=timeout_s, poll_interval=0.02)
     except Timeout:
