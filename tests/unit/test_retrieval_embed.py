@@ -13,6 +13,7 @@ import pytest
 from encoders import make_tiny_encoder
 
 from agentops.errors import ModelBroken, ModelError, ModelNotFound, ModelUnsafe, ModelUnsupported
+from agentops.model_lock import write_lock
 from agentops.retrieval.embed import EncoderEmbedder, HashEmbedder, open_embedder
 
 TEXTS = [
@@ -127,6 +128,27 @@ def _huge_header(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
 
 
+def _not_a_number(folder: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["encoder.layer.1.output.dense.weight"][3, 4] = np.nan
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _changed_behind_the_lock(folder: Path) -> None:
+    write_lock(folder)
+    weights = folder / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+
+
+def _huge_tokenizer(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text() + " " * (16 << 20))
+
+
 @pytest.mark.parametrize(
     ("spoil", "error", "words"),
     [
@@ -146,6 +168,9 @@ def _huge_header(folder: Path) -> None:
         (lambda folder: (folder / "model.safetensors").unlink(), ModelBroken, "missing"),
         (_cut, ModelBroken, "model.safetensors"),
         (_huge_header, ModelBroken, "header"),
+        (_not_a_number, ModelBroken, "NaN"),
+        (_changed_behind_the_lock, ModelBroken, "wrong checksum"),
+        (_huge_tokenizer, ModelBroken, "larger than"),
     ],
 )
 def test_a_broken_folder_is_named_with_its_fault(
