@@ -6,8 +6,9 @@ The engine knows nothing of graphs, prompts, retrieval or the record.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Protocol, cast
 
 from agentops.records import Delta, Generation, ModelInfo, Request, ScoreRequest, Scores
 
@@ -39,7 +40,9 @@ class Engine(Protocol):
 
 async def generate(engine: Engine, request: Request) -> Generation:
     """The whole answer to one request."""
-    async for event in engine.stream(request):
-        if isinstance(event, Generation):
-            return event
+    # Whatever ends this early, the request must not go on until the stream is collected as garbage.
+    async with aclosing(cast("AsyncGenerator[Delta | Generation]", engine.stream(request))) as events:
+        async for event in events:
+            if isinstance(event, Generation):
+                return event
     raise RuntimeError("the engine ended its stream without a Generation")

@@ -84,7 +84,9 @@ class EngineChatModel(BaseChatModel):
         for name in options:
             if name not in _OPTIONS:
                 raise UsageError(f"the chat model has no option '{name}'", hint="it has " + ", ".join(_OPTIONS))
-        given = {name: getattr(self, name) for name in _OPTIONS if name != "constraint"} | options
+        # LangChain's way of saying that an option is not given; for a seed it is a value like others.
+        chosen = {name: value for name, value in options.items() if value is not None or name == "seed"}
+        given = {name: getattr(self, name) for name in _OPTIONS if name != "constraint"} | chosen
         stops = tuple(self.stop if stop is None else stop)
         return Request(messages=tuple(map(to_message, messages)), stop=stops, **given)
 

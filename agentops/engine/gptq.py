@@ -26,6 +26,8 @@ from agentops.errors import ModelBroken, ModelUnsupported
 
 BITS = (2, 3, 4, 8)
 _BLOCK = 64
+_DAMPINGS = 12
+_MEND = "the weights are damaged: download the model again"
 _GRID = tuple(1.05 - 0.02 * step for step in range(33))
 
 
@@ -125,6 +127,9 @@ def quantize(weight: Tensor, hessian: Tensor, *, bits: int, group_size: int, sym
     Scales are chosen beforehand, per group of neighbouring inputs, by the error that each of a grid of them would cause;
     then inputs are visited by falling importance and each one's rounding error is made good in those still to come.
     The result has plain groups although it was made in activation order.
+
+    Raises:
+        ModelBroken: the Hessian holds NaN or infinity, or cannot be inverted whatever is added to its diagonal.
     """
     inputs = weight.shape[1]
     importance = hessian.diagonal()
@@ -179,8 +184,10 @@ def choose_scales(weight: Tensor, importance: Tensor, *, bits: int, group_size: 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped Hessian."""
+    if not bool(torch.isfinite(hessian).all()):
+        raise ModelBroken("a layer's inputs are NaN or infinite on the calibration text", hint=_MEND)
     mean = hessian.diagonal().mean().clamp(min=1e-12)
-    while True:
+    for _ in range(_DAMPINGS):
         damped = hessian + torch.eye(len(hessian), device=hessian.device) * (damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
@@ -188,6 +195,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
             if not failed:
                 return cast(Tensor, upper)
         damping *= 10
+    raise ModelBroken("a layer's inputs on the calibration text cannot be reckoned with", hint=_MEND)
 
 
 def group_count(inputs: int, group_size: int) -> int:

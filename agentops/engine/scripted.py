@@ -287,6 +287,8 @@ def _valid(value: Any, schema: Any) -> bool:
         return schema is not False
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
+    if not isinstance(kinds, list) or any(kind not in list(_KINDS) for kind in kinds):
+        raise ConstraintInvalid(f"{kinds!r} is no type of JSON schema", hint="it knows " + ", ".join(_KINDS))
     if kinds and not any(isinstance(value, _KINDS[kind]) and (kind == "boolean") == isinstance(value, bool) for kind in kinds):
         return False
     if ("enum" in schema and value not in schema["enum"]) or ("const" in schema and value != schema["const"]):

@@ -239,19 +239,29 @@ class EmbeddedIndex:
                     return Retrieval(query, (), row["generation"])
                 if vector is not None:
                     self._check_match(row, self._open_embedder())
-                hits = self._ranked(db, row, query, vector, words)
+                broken = False
+                try:
+                    hits = self._ranked(db, row, query, vector, words)
+                except LexicalError:
+                    hits, broken = None, True
             if hits is not None:
                 search_ms = (self._clock.monotonic_ns() - begun) / 1e6
                 return Retrieval(query, hits, row["generation"], embed_ms=embed_ms, search_ms=search_ms)
             # A writer is between its two commits, or died there.
             with self._catalog.turn():
+                if broken:
+                    self._words(row["number"]).clear()
                 self._follow(row["number"])
         raise RetrievalError(f"the words of '{query.collection}' cannot be read", hint=f"remove {self._folder / 'lexical'}")
 
     def _ranked(
         self, db: sqlite3.Connection, row: sqlite3.Row, query: Query, vector: NDArray[np.float32] | None, words: list[str]
     ) -> tuple[Hit, ...] | None:
-        """Hits at the generation of the open transaction; None when the lexical index does not stand there."""
+        """Hits at the generation of the open transaction; None when the lexical index does not stand there.
+
+        Raises:
+            LexicalError: it stands there and cannot be read.
+        """
         number, generation, depth = row["number"], row["generation"], min(max(DEPTH, query.k), _MAX_DEPTH)
         by_vector: list[tuple[int, float]] = []
         by_words: list[tuple[int, float]] = []
@@ -260,11 +270,7 @@ class EmbeddedIndex:
             searcher = lexical.at(generation)
             if searcher is None:
                 return None
-            try:
-                by_words = lexical.search(searcher, words, depth)
-            except LexicalError:
-                lexical.clear()
-                return None
+            by_words = lexical.search(searcher, words, depth)
         if vector is not None:
             by_vector = _nearest(db, self._matrix(db, number, generation, row["dimensions"]), vector, depth)
         seqs = list({seq for seq, _ in by_vector + by_words})

@@ -81,6 +81,13 @@ def test_bound_options_win_over_the_models_own_and_the_calls_over_both() -> None
     assert {request.temperature for request in engine.requests} == {0.5}
 
 
+def test_an_option_given_as_none_is_not_given() -> None:
+    model, engine = chat("a", "b", seed=1, max_tokens=7)
+    model.bind(max_tokens=None, temperature=None, constraint=None).invoke("x")
+    model.bind(seed=None).invoke("x")
+    assert [(request.max_tokens, request.temperature, request.seed) for request in engine.requests] == [(7, 0, 1), (7, 0, None)]
+
+
 async def test_streaming_yields_pieces_and_sums_to_one_message_with_usage() -> None:
     model, _ = chat("one two three", "one two three")
     for pieces in ([piece async for piece in model.astream("q")], list(model.stream("q"))):

@@ -18,7 +18,7 @@ from agentops.engine.checkpoint import Checkpoint, expected_shapes, open_checkpo
 from agentops.engine.decoder import Decoder, causal_attention
 from agentops.engine.linear import choose_kernel, dense_weight, make_linear
 from agentops.engine.runners import Batch
-from agentops.engine.runners.torch import TorchRunner, choose_device
+from agentops.engine.runners.torch import TorchRunner, _Together, choose_device
 from agentops.engine.tokenizer import ChatTokenizer
 from agentops.errors import ModelUnsupported, SettingsError
 
@@ -136,7 +136,11 @@ def test_chunks_scattered_blocks_and_company_change_nothing(tmp_path: Path) -> N
     assert np.allclose(both[1], run(model, other)[39], atol=1e-4)
 
 
-def test_sequences_that_decode_together_get_what_each_gets_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gathered", [2**25, 120 * 2 * 16, 1])
+def test_sequences_that_decode_together_get_what_each_gets_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gathered: int
+) -> None:
+    monkeypatch.setattr("agentops.engine.runners.torch._GATHERED", gathered)
     checkpoint = open_checkpoint(write_tiny_model(tmp_path))
     model = runner(checkpoint)
     with torch.inference_mode():
@@ -147,6 +151,16 @@ def test_sequences_that_decode_together_get_what_each_gets_alone(tmp_path: Path)
     alone = [run(model, prompt, table=table)[-1] for prompt, table in zip(prompts, tables, strict=True)]
     ends = Batch(np.array([prompt[-1] for prompt in prompts]), np.array(lengths) - 1, [1] * 8, tables, np.arange(8))
     assert np.allclose(model.step(ends), np.stack(alone), atol=1e-4)
+
+
+def test_what_a_step_gathers_is_bounded_however_many_decode(tmp_path: Path) -> None:
+    model = runner(open_checkpoint(write_tiny_model(tmp_path)), blocks=512)
+    count, table = 300, list(range(512))
+    parts = model._parts(Batch(np.zeros(count, np.int64), np.full(count, 8191), [1] * count, [table] * count, np.arange(count)))
+    rows = [len(part.rows) for part in parts if isinstance(part, _Together)]
+    assert sum(rows) == count
+    # 2 heads of 16 numbers, keys and values, as stored and once more in float32.
+    assert max(rows) * 8192 * 2 * 16 * 2 * 6 < 500_000_000
 
 
 def test_a_copied_block_is_as_good_as_the_first(tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 
 import pytest
 
 from agentops.engine import generate
 from agentops.engine.scripted import ScriptedEngine
 from agentops.errors import ConstraintInvalid, EngineOverloaded
-from agentops.records import Constraint, Message, Request, ScoreRequest
+from agentops.records import Constraint, Delta, Generation, Message, Request, ScoreRequest
 
 
 def asks(text: str, **options: object) -> Request:
@@ -55,6 +56,28 @@ async def test_an_answer_that_breaks_the_constraint_is_the_scripts_fault() -> No
     right = ScriptedEngine(["yes", '{"n": 1}', "12"])
     for constraint in (constraints[0], constraints[1], constraints[-1]):
         await generate(right, asks("q", constraint=constraint))
+
+
+@pytest.mark.parametrize("kind", ["text", 7, ["string", {}], {"a": 1}])
+async def test_a_type_that_is_none_is_an_invalid_constraint(kind: object) -> None:
+    with pytest.raises(ConstraintInvalid, match="is no type of JSON schema"):
+        await generate(ScriptedEngine(["1"]), asks("q", constraint=Constraint("json_schema", {"type": kind})))
+
+
+async def test_an_answer_that_is_not_waited_for_is_cancelled_at_once() -> None:
+    engine = ScriptedEngine(["yes"])
+    over: list[bool] = []
+
+    class Watched:
+        async def stream(self, request: Request) -> AsyncIterator[Delta | Generation]:
+            try:
+                async for event in engine.stream(request):
+                    yield event
+            finally:
+                over.append(True)
+
+    await generate(Watched(), asks("q"))  # type: ignore[arg-type]
+    assert over == [True]
 
 
 async def test_scores_come_from_the_script() -> None:

@@ -130,6 +130,14 @@ def test_scales_survive_float16() -> None:
         assert torch.equal(scales.half().float(), scales)
 
 
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf, -1e30])
+def test_inputs_that_cannot_be_reckoned_with_are_refused(spoiled: float) -> None:
+    _, hessian = correlated(64)
+    hessian[3, 3] = spoiled
+    with pytest.raises(ModelBroken, match="calibration text"):
+        quantize(torch.ones(32, 64), hessian, bits=4, group_size=32)
+
+
 def test_zero_weights_and_silent_inputs_do_no_harm() -> None:
     _, hessian = correlated(64)
     hessian[:, 7] = hessian[7, :] = 0

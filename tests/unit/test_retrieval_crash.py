@@ -13,16 +13,18 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from agentops.errors import RetrievalError
 from agentops.records import Document, Query, Retrieval, content_hash
 from agentops.retrieval.embed import HashEmbedder
 from agentops.retrieval.embedded import EmbeddedIndex
+from agentops.retrieval.lexical import LexicalError, LexicalIndex
 from agentops.sync import run_sync
 
 BATCH = 20
@@ -177,6 +179,31 @@ def test_the_words_are_built_anew_when_they_are_lost_or_damaged(tmp_path: Path) 
         spoil(folder)
         assert [hit.document.id for hit in find(open_here(tmp_path), "number1", "lexical").hits] == ["1"]
         assert len(find(open_here(tmp_path), "hello", "lexical").hits) == 3
+
+
+def test_a_reader_clears_damaged_words_in_its_turn_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path)
+    search, clear = LexicalIndex.search, LexicalIndex.clear
+    events: list[str] = []
+
+    def broken_once(self: LexicalIndex, *args: Any) -> Any:
+        events.append("search")
+        if events == ["search"]:
+            raise LexicalError("damaged")
+        return search(self, *args)
+
+    def watched(self: LexicalIndex) -> None:
+        try:
+            FileLock(tmp_path / "index.lock", timeout=0).acquire()
+        except Timeout:
+            events.append("cleared in turn")
+        clear(self)
+
+    monkeypatch.setattr(LexicalIndex, "search", broken_once)
+    monkeypatch.setattr(LexicalIndex, "clear", watched)
+    assert [hit.document.id for hit in find(open_here(tmp_path), "number1", "lexical").hits] == ["1"]
+    assert "cleared in turn" in events
+    assert events[-1] == "search"
 
 
 def test_words_from_a_backup_are_not_believed(tmp_path: Path) -> None:

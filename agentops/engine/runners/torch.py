@@ -25,6 +25,9 @@ from agentops.engine.runners import Batch
 from agentops.engine.workers import cores
 from agentops.errors import SettingsError
 
+_GATHERED = 2**25
+"""Numbers in the keys that one group of sequences gathers; with the values, and both again as float32, 12 bytes each."""
+
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
     """
@@ -146,11 +149,15 @@ class TorchRunner:
                 parts.append(self._part(slice(start, start + count), slots))
             start += count
         for alike in decoding.values():
-            if len(alike) == 1:
-                row, slots = alike[0]
-                parts.append(self._part(slice(row, row + 1), slots))
-            else:
-                parts.append(self._together(alike))
+            longest = max(len(slots) for _, slots in alike)
+            size = max(1, _GATHERED // (longest * self._config.kv_heads * self._config.head_dim))
+            for at in range(0, len(alike), size):
+                group = alike[at : at + size]
+                if len(group) == 1:
+                    row, slots = group[0]
+                    parts.append(self._part(slice(row, row + 1), slots))
+                else:
+                    parts.append(self._together(group))
         return parts
 
     def _part(self, rows: slice, slots: NDArray[np.int64]) -> _Part:
