@@ -194,7 +194,8 @@ def test_a_reader_clears_damaged_words_in_its_turn_only(tmp_path: Path, monkeypa
 
     def watched(self: LexicalIndex) -> None:
         try:
-            FileLock(tmp_path / "index.lock", timeout=0).acquire()
+            with FileLock(tmp_path / "index.lock", timeout=0):
+                events.append("cleared out of turn")
         except Timeout:
             events.append("cleared in turn")
         clear(self)
@@ -203,6 +204,7 @@ def test_a_reader_clears_damaged_words_in_its_turn_only(tmp_path: Path, monkeypa
     monkeypatch.setattr(LexicalIndex, "clear", watched)
     assert [hit.document.id for hit in find(open_here(tmp_path), "number1", "lexical").hits] == ["1"]
     assert "cleared in turn" in events
+    assert "cleared out of turn" not in events
     assert events[-1] == "search"
 
 
