@@ -8,8 +8,11 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
+import sysconfig
+import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from langgraph.types import Command
@@ -128,12 +131,21 @@ def _explained(error: BaseException, graph: LoadedGraph, run_id: str, settings: 
         kind, said = (JournalFull, "the disk is full") if full else (RecordError, str(error))
         told = kind(f"no checkpoint could be written: {said}", hint=f"make room, then go on with: agentops resume {run_id}")
     else:
-        told = NodeFailed(f"{node or graph.name}: {type(error).__name__}: {error}", run_id=run_id, node=node)
+        told = NodeFailed(f"{node or graph.name}: {type(error).__name__}: {error}{_place(error)}", run_id=run_id, node=node)
         if type(error).__name__ == "GraphRecursionError":
             limit = settings.run.recursion_limit
             told.hint = f"the graph took {limit} supersteps; raise run.recursion_limit or mend the loop"
     told.__cause__ = error
     return told
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of the user's own code that the error came through, or nothing."""
+    libraries = (sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"], str(Path(__file__).parent))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((*libraries, "<")):
+            return f"\n  {frame.filename}, line {frame.lineno} | {frame.line}"
+    return ""
 
 
 def _failed_node(error: BaseException) -> str | None:

@@ -24,7 +24,13 @@ def open_engine(settings: Settings, progress: Progress | None = None) -> LocalEn
     from agentops.engine.local import open_engine as open_local
     from agentops.engine.models import prepare
 
-    return open_local(prepare(settings.model.name, settings, progress), settings, settings.model.name)
+    folder = prepare(settings.model.name, settings, progress)
+    if progress:
+        progress("load", 0, 0)
+    engine = open_local(folder, settings, settings.model.name)
+    if progress:
+        progress("load", 1, 1)
+    return engine
 
 
 def open_embedder(settings: Settings, progress: Progress | None = None) -> Embedder:

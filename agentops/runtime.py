@@ -23,7 +23,7 @@ from agentops.execution import Outcome, Standing, execute, standing
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
 from agentops.parts import open_embedder, open_engine, open_index
 from agentops.records import RunEvent, RunResult, RunStarted
-from agentops.retrieval import Embedder, Index
+from agentops.retrieval import Embedder, Index, collection_not_found
 from agentops.settings import Settings, load_settings
 from agentops.store import RunRow, open_store
 from agentops.sync import iterate_sync, run_sync
@@ -257,6 +257,8 @@ class Runtime:
         self, graph: LoadedGraph, input: Any, thread: str | None, collection: str | None
     ) -> AsyncGenerator[RunEvent, None]:
         if isinstance(input, str):
+            if not input.strip():
+                raise UsageError("the input is empty", hint="ask something: agentops run rag 'a question'")
             size, limit = len(input.encode(errors="replace")), self.settings.engine.input_bytes
             if size > limit:
                 raise InputTooLarge(
@@ -264,6 +266,11 @@ class Runtime:
                     hint="put long texts into a collection (agentops ingest), or raise engine.input_bytes",
                 )
             input = graph.as_input(input)  # noqa: A001
+        if collection is not None and graph.uses_context:
+            # Said before a model is loaded for nothing.
+            known = [one.name for one in self.index.collections()]
+            if collection not in known:
+                raise collection_not_found(collection, known)
         thread_id = check_thread_id(thread) if thread else self._ids.new("th")
         details = self._details({}, {"retrieval.collection": collection})
         return self._go(graph, input, self._ids.new("run"), thread_id, details)

@@ -26,7 +26,7 @@ from agentops.settings import Settings, describe
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 AGENTOPS = Path(sys.executable).with_name("agentops")
-OUTSIDE = {"apt-get", "sudo", "git", "cd"}
+OUTSIDE = {"apt-get", "source", "sudo", "git", "cd"}
 """Programs of the reader's system that are named but not checked."""
 
 

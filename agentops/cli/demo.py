@@ -52,7 +52,8 @@ def demo(
     show(runs[0].run_id)
     _head("Where to go next")
     print(
-        f"""  agentops run rag "your question" -c {COLLECTION}       ask something else
+        f"""  source .venv/bin/activate                               in a checkout, for the commands below
+  agentops run rag "your question" -c {COLLECTION}       ask something else
   agentops ingest PATH -c mine                      read documents of your own
   agentops runs; agentops show last --messages      what is on record
   agentops doctor                                   what this machine has"""

@@ -81,6 +81,8 @@ def ingest(
             progress=progress,
         )
     _print_report(report, as_json)
+    if not (report.files or report.problems or report.removed):
+        raise DocumentError(f"there is nothing to read in {', '.join(paths)}", hint="Markdown, text, HTML and PDF files are read")
     if report.failed:
         raise DocumentError(f"none of {len(report.problems)} could be read", hint="each is listed above with its reason")
 

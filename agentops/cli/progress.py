@@ -15,6 +15,8 @@ Stages = Callable[[str, int, int], None]
 """Called with the stage, what is done of it and its total; a total of 0 stands for unknown."""
 
 _WORDS = {
+    "start": "starting",
+    "load": "loading",
     "wait": "waiting for another process",
     "download": "downloading",
     "convert": "converting",

@@ -106,11 +106,16 @@ def _read_input(text: str | None, file: Path | None) -> str:
 @contextlib.contextmanager
 def _runtime(flags: dict[str, Any]) -> Iterator[Any]:
     from agentops.cli.progress import stages
-    from agentops.runtime import Runtime
     from agentops.settings import load_settings
 
-    with stages() as progress, Runtime(load_settings(flags), progress=progress) as runtime:
-        yield runtime
+    settings = load_settings(flags)
+    with stages(settings.model.name) as progress:
+        progress("start", 0, 0)
+        from agentops.runtime import Runtime
+
+        with Runtime(settings, progress=progress) as runtime:
+            progress("start", 1, 1)
+            yield runtime
 
 
 def follow(events: Generator[RunEvent, None, None], *, quiet: bool = False, as_json: bool = False) -> RunResult:

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from agentops.errors import CollectionNotFound
 from agentops.records import Document, Query, Retrieval
 
 
@@ -79,3 +80,12 @@ class Index(Retriever, Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def collection_not_found(name: str, known: Sequence[str]) -> CollectionNotFound:
+    """The error for a collection that is not among the `known` ones."""
+    have = "there are: " + ", ".join(known) if known else "there are none yet"
+    return CollectionNotFound(
+        f"no collection is called '{name}'",
+        hint=f"{have}; name one with --collection, or make one: agentops ingest PATH --collection {name}",
+    )

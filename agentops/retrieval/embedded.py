@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentops.clock import Clock, SystemClock
-from agentops.errors import CollectionMismatch, CollectionNotFound, DocumentError, RetrievalError
+from agentops.errors import CollectionMismatch, DocumentError, RetrievalError
 from agentops.records import Document, Hit, Query, Retrieval, content_hash
-from agentops.retrieval import Change, Collection, Embedder
+from agentops.retrieval import Change, Collection, Embedder, collection_not_found
 from agentops.retrieval.analysis import embedding_text, lexical_terms, terms
 from agentops.retrieval.catalog import Catalog
 from agentops.retrieval.fuse import fuse, rank
@@ -393,7 +393,7 @@ class EmbeddedIndex:
     def _find(self, db: sqlite3.Connection, collection: str) -> sqlite3.Row:
         row: sqlite3.Row | None = db.execute("SELECT * FROM collection WHERE name = ?", (_unicode(collection),)).fetchone()
         if row is None:
-            raise _not_found(collection, [name for (name,) in db.execute("SELECT name FROM collection ORDER BY name")])
+            raise collection_not_found(collection, [name for (name,) in db.execute("SELECT name FROM collection ORDER BY name")])
         return row
 
     def _check_match(self, row: sqlite3.Row, embedder: Embedder) -> None:
@@ -502,10 +502,3 @@ def _stored(db: sqlite3.Connection, number: int, key: str) -> sqlite3.Row | None
 
 def _document(row: sqlite3.Row) -> Document:
     return Document(row["id"], row["text"], row["hash"], json.loads(row["metadata"]))
-
-
-def _not_found(collection: str, names: Sequence[str]) -> CollectionNotFound:
-    have = "there are: " + ", ".join(names) if names else "there are none yet"
-    return CollectionNotFound(
-        f"no collection is called '{collection}'", hint=f"{have}; make one with: agentops ingest PATH --collection {collection}"
-    )

@@ -24,7 +24,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
 from agentops import Runtime, ScriptedEngine, Settings, load_settings
-from agentops.errors import NodeFailed, RecordError, RunCancelled, RunNotFound, ThreadBusy, UsageError
+from agentops.errors import CollectionNotFound, NodeFailed, RecordError, RunCancelled, RunNotFound, ThreadBusy, UsageError
 from agentops.records import RunEvent, RunResult, RunStarted, StepEnded, StepStarted
 from agentops.store import RunRow, SpanRow, open_store
 from agentops.tracer import catch_up
@@ -441,3 +441,22 @@ if child == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=30)
+
+
+def test_empty_input_and_a_missing_collection_are_refused_before_anything_is_loaded(settings: Settings) -> None:
+    with Runtime(settings) as runtime:
+        with pytest.raises(UsageError, match="empty"):
+            runtime.run("rag", "  ")
+        with pytest.raises(CollectionNotFound, match="nowhere"):
+            runtime.run("rag", "why?", collection="nowhere")
+        assert runtime._own_engine is None
+    with open_store(settings) as store:
+        assert store.runs() == []
+
+
+def test_a_failed_node_names_the_line_of_the_user(settings: Settings) -> None:
+    def fragile(state: State) -> State:
+        return {"trail": [state["nope"]]}  # type: ignore[typeddict-item]
+
+    with Runtime(settings) as runtime, pytest.raises(NodeFailed, match=r"test_runtime.py, line \d+ \| return .*nope"):
+        runtime.run(chain(fragile), {"trail": []})
