@@ -29,7 +29,8 @@ def demo(
 ) -> None:
     """Prepare the model, read the documentation, ask three questions about it, and show how an answer came about."""
     from agentops.cli.documents import ingest
-    from agentops.cli.models import prepare_shown
+    from agentops.cli.models import prepare
+    from agentops.cli.progress import stages
     from agentops.cli.record import show
     from agentops.cli.run import follow
     from agentops.runtime import Runtime
@@ -39,11 +40,11 @@ def demo(
     started = time.monotonic()
     _head("1. The model and the embedder")
     for name in (settings.model.name, settings.retrieval.embedder):
-        print(f"{name}: {prepare_shown(name, settings)}", file=sys.stderr)
+        prepare(name)
     _head("2. The documents")
     ingest([str(docs_folder())], collection=COLLECTION)
     runs = []
-    with Runtime(settings) as runtime:
+    with stages(settings.model.name) as progress, Runtime(settings, progress=progress) as runtime:
         for number, question in enumerate(QUESTIONS, 3):
             _head(f"{number}. {question}")
             runs.append(follow(runtime.stream("rag", question, collection=COLLECTION)))
@@ -52,11 +53,11 @@ def demo(
     show(runs[0].run_id)
     _head("Where to go next")
     print(
-        f"""  source .venv/bin/activate                               in a checkout, for the commands below
-  agentops run rag "your question" -c {COLLECTION}       ask something else
-  agentops ingest PATH -c mine                      read documents of your own
-  agentops runs; agentops show last --messages      what is on record
-  agentops doctor                                   what this machine has"""
+        f"""  source .venv/bin/activate                            (in a checkout)
+  agentops run rag "your question" -c {COLLECTION}    ask something else
+  agentops ingest PATH -c mine                         read documents of your own
+  agentops runs; agentops show last --messages         what is on record
+  agentops doctor                                      what this machine has"""
     )
     print(f"\n{time.monotonic() - started:.0f} s in all", file=sys.stderr)
 

@@ -1,12 +1,8 @@
-"""`agentops models`: what is in the catalogue and the cache, and getting a model ready.
-
-Offers `prepare_shown` to the other verbs, which prepare what they need on first use and show how far that is.
-"""
+"""`agentops models`: what is in the catalogue and the cache, and getting a model ready."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -50,9 +46,13 @@ def prepare(
     offline: Annotated[bool | None, typer.Option("--offline", help="Use what is on this machine only.")] = None,
 ) -> None:
     """Get a model ready: fetch it, check it, quantize it. A damaged one is prepared anew."""
+    from agentops.cli.progress import stages
+    from agentops.engine.models import prepare as prepare_model
+
     settings = _settings({"model.offline": offline})
     for wanted in [name] if name else [settings.model.name, settings.retrieval.embedder]:
-        folder = prepare_shown(wanted, settings, verify=True)
+        with stages(wanted) as progress:
+            folder = prepare_model(wanted, settings, progress, verify=True)
         _print(f"{wanted}: {folder}")
         quality = _card(wanted, settings).report.get("perplexity")
         if quality:
@@ -105,15 +105,6 @@ def remove(
     if card.folder and not yes:
         typer.confirm(f"Remove {card.folder} ({card.size_bytes / 1e6:.0f} MB)?", abort=True, err=True)
     _print(f"{name} removed, {remove_model(name, settings) / 1e6:.0f} MB freed")
-
-
-def prepare_shown(name: str, settings: Settings, *, verify: bool = False) -> Path:
-    """`agentops.engine.models.prepare`, with its progress on standard error."""
-    from agentops.cli.progress import stages
-    from agentops.engine.models import prepare as prepare_model
-
-    with stages(name) as progress:
-        return prepare_model(name, settings, progress, verify=verify)
 
 
 def _settings(flags: dict[str, Any]) -> Settings:
