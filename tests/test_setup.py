@@ -25,7 +25,11 @@ def test_make_works_in_either_order_and_twice(
         pytest.skip("needs make and a git checkout; this test did not run")
     checkout = tmp_path / "a folder" / "checkout"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(checkout)], check=True)
-    clean = {key: value for key, value in environment.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "VIRTUAL_ENV")}
+    clean = {
+        key: value
+        for key, value in environment.items()
+        if key not in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS", "VIRTUAL_ENV")
+    }
     clean["PATH"] = os.pathsep.join(part for part in clean["PATH"].split(os.pathsep) if ".venv" not in part)
     for round_ in range(2):
         for arguments in order:
