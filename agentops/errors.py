@@ -2,7 +2,8 @@
 
     AgentOpsError                     exit code 1
     ├── UsageError                    exit code 2: the call itself is off
-    │   └── SettingsError
+    │   ├── SettingsError
+    │   └── AnswerUnfit               an answer is not what the waiting run asked for; it still waits
     ├── ModelError
     │   ├── ModelNotFound
     │   ├── ModelBroken               unreadable, cut off, or shapes that contradict the config
@@ -18,11 +19,14 @@
     ├── GraphError
     │   ├── GraphNotFound
     │   ├── GraphBroken               the user's file does not import; carries file and line
-    │   └── NodeFailed                a node raised while the graph ran
+    │   ├── NodeFailed                a node raised while the graph ran
+    │   └── BudgetSpent               the run has had its steps, model calls, tokens or seconds
     ├── PromptError
+    ├── ToolError                     tools of one name, or a server of tools that does not start
     ├── RetrievalError
     │   ├── CollectionNotFound
     │   ├── CollectionMismatch        the collection was made with another embedder
+    │   ├── RetrieverUnavailable      no server answers, or not in time, or it refuses the user
     │   └── DocumentError             one document cannot be read
     ├── RecordError
     │   ├── RunNotFound
@@ -60,6 +64,10 @@ class UsageError(AgentOpsError):
 
 class SettingsError(UsageError):
     """A setting has an unknown name or a value out of its range; the message names its source."""
+
+
+class AnswerUnfit(UsageError):
+    """A waiting run asked for something else than it was answered; nothing was run and it still waits."""
 
 
 class ModelError(AgentOpsError):
@@ -150,6 +158,18 @@ class NodeFailed(GraphError):
         self.node = node
 
 
+class BudgetSpent(GraphError):
+    """The run has had what it may have of `budget` ("steps", "model_calls", "tokens" or "seconds"). It can be resumed."""
+
+    def __init__(self, message: str, *, budget: str, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.budget = budget
+
+
+class ToolError(AgentOpsError):
+    """Tools cannot be offered: two have one name, or the server that has them does not start."""
+
+
 class PromptError(AgentOpsError):
     """A prompt is missing, or its variables and the values given for them differ."""
 
@@ -164,6 +184,10 @@ class CollectionNotFound(RetrievalError):
 
 class CollectionMismatch(RetrievalError):
     """The collection's vectors come from another embedder."""
+
+
+class RetrieverUnavailable(RetrievalError):
+    """The server that keeps the documents does not answer, not in time, or refuses the user."""
 
 
 class DocumentError(RetrievalError):

@@ -100,7 +100,7 @@ async def _invoke(
         "configurable": {"thread_id": trace.thread_id},
         "callbacks": [trace.handler],
         "metadata": {"run_id": trace.run_id},
-        "recursion_limit": settings.run.recursion_limit,
+        "recursion_limit": settings.budget.steps,
     }
     async with _checkpointed(graph, settings, trace.thread_id) as compiled:
         if at == "over":
@@ -133,8 +133,8 @@ def _explained(error: BaseException, graph: LoadedGraph, run_id: str, settings: 
     else:
         told = NodeFailed(f"{node or graph.name}: {type(error).__name__}: {error}{_place(error)}", run_id=run_id, node=node)
         if type(error).__name__ == "GraphRecursionError":
-            limit = settings.run.recursion_limit
-            told.hint = f"the graph took {limit} supersteps; raise run.recursion_limit or mend the loop"
+            limit = settings.budget.steps
+            told.hint = f"the graph took {limit} supersteps; raise budget.steps or mend the loop"
     told.__cause__ = error
     return told
 

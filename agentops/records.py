@@ -13,6 +13,12 @@ from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
 
+Effect = Literal["none", "read", "write"]
+"""What a tool does outside: none: it only computes.  read: it looks at something.  write: it changes something."""
+
+Policy = Literal["allow", "ask", "deny"]
+"""What happens when a model calls a tool. allow: it runs.  ask: a person decides first.  deny: it never runs."""
+
 RunStatus = Literal["queued", "running", "waiting", "done", "failed", "cancelled", "crashed"]
 """queued: not started.  running: a live process works on it.  waiting: for a person's answer.  done: it reached the end.
 failed: a node raised or a limit was met.  cancelled: its user stopped it.  crashed: its process died."""
@@ -230,13 +236,16 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """The answer to a `Query`: hits best first, the collection's `generation` (rises with every change), times in ms."""
+    """The answer to a `Query`: hits best first, the collection's `generation` (rises with every change), times in ms.
+
+    `error` is set where nothing could be searched and the settings say to go on without: there are no hits then."""
 
     query: Query
     hits: tuple[Hit, ...]
     generation: int
     embed_ms: float = 0.0
     search_ms: float = 0.0
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +258,71 @@ class PromptVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool to be run with these arguments. `id` stays the same when a run is taken up again: a tool that remembers the
+    ids it has done does nothing twice."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str
+
+
+ToolStatus = Literal["ok", "failed", "refused", "denied"]
+"""ok: it ran.  failed: it raised, took too long, is not there, or its arguments or result are off.  refused: a person said no.
+denied: the policy says no."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What came of a call. `content` is text for the model to read: the result, or what went wrong. `call` is the one that was
+    run, which differs from the one proposed where a person edited it."""
+
+    call: ToolCall
+    status: ToolStatus
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupt:
+    """A question to a person that a run waits with.
+
+    approval: `content` is what is to be approved, as it is or edited; the answer is a `Decision`.  question: the answer is
+    what `schema` (a JSON schema) asks for, anything where there is none.  pause: a stop set on the graph itself; no answer
+    is needed to go on. `node` is the node that asks, after the names of the subgraphs around it.
+    """
+
+    id: str
+    kind: Literal["approval", "question", "pause"]
+    question: str
+    node: str
+    content: Any = None
+    schema: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A person's answer to an approval. `content` replaces what was proposed when it is edited; `reason` is for the model."""
+
+    kind: Literal["approve", "edit", "reject"]
+    content: Any = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one sitting of a run (from its start, or from where it is taken up again, to its next pause) may cost.
+    `steps` are supersteps of the graph, `model_calls` generations and scorings, `tokens` those computed and those put out."""
+
+    steps: int
+    model_calls: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunResult:
-    """How a run ended. `output` is the graph's final state; `interrupts` are pending questions when it waits."""
+    """How a run ended. `output` is the graph's final state, or what was reached of it; `interrupts` are pending questions
+    when it waits."""
 
     run_id: str
     thread_id: str
@@ -259,7 +331,7 @@ class RunResult:
     usage: Usage
     duration_ms: float
     error: str | None = None
-    interrupts: tuple[Any, ...] = ()
+    interrupts: tuple[Interrupt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ class PathSettings:
         default_factory=lambda: Path(platformdirs.user_cache_dir("agentops-runtime")),
         metadata={"about": "folder of prepared models and downloads"},
     )
+    files: Path | None = _about("the only folder that tools and graphs write files in; `files` in the home when not set")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +59,42 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True)
 class RetrievalSettings:
+    retriever: Literal["embedded", "elasticsearch"] = _about("where documents are kept and searched", "embedded")
+    on_error: Literal["fail", "empty"] = _about("when nothing can be searched, end the run or go on without documents", "fail")
     collection: str = _about("collection that graphs search when none is named", "default")
     embedder: str = _about("catalogue name or local folder of the embedding model", "all-minilm-l6-v2")
     k: int = _about("documents retrieved for a question", 8, low=1, high=1000)
     chunk_tokens: int = _about("size of an ingested piece in the embedder's tokens", 160, low=16, high=8192)
     overlap_tokens: int = _about("tokens that neighbouring pieces share", 24, low=0, high=4096)
+
+
+@dataclass(frozen=True, slots=True)
+class ElasticsearchSettings:
+    url: str = _about("address of the server", "http://127.0.0.1:9200")
+    user: str = _about("user name, where the server wants one", "")
+    password: str = _about("password of the user", "", secret=True)
+    api_key: str = _about("API key, instead of user and password", "", secret=True)
+    ca_file: Path | None = _about("certificate authority of a server with one of its own")
+    prefix: str = _about("beginning of the names of all indices made", "agentops")
+    timeout_s: float = _about("give up on an answer after this long", 10.0, low=0.1, high=600)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSettings:
+    allow: tuple[str, ...] = _about("tools that run without asking", ())
+    ask: tuple[str, ...] = _about("tools that a person approves first, whatever their graph says", ())
+    deny: tuple[str, ...] = _about("tools that never run", ())
+    mcp: Path | None = _about("file with the MCP servers whose tools graphs are given (mcp.json)")
+    timeout_s: float = _about("a tool that takes longer has failed", 30.0, low=0.01, high=86_400)
+    result_bytes: int = _about("of a longer result the model reads the beginning", 20_000, low=100, high=10_000_000)
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetSettings:
+    steps: int = _about("supersteps after which a run is stopped", 60, low=1, high=1_000_000)
+    model_calls: int = _about("model calls after which a run is stopped", 500, low=1, high=1_000_000_000)
+    tokens: int = _about("computed and output tokens after which a run is stopped", 1_000_000, low=1, high=10**15)
+    seconds: float = _about("time after which a run is stopped", 3_600.0, low=0.01, high=10_000_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +108,6 @@ class RecordSettings:
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    recursion_limit: int = _about("supersteps after which a graph is stopped", 60, low=1, high=1_000_000)
     trim: bool = _about("cut the oldest part of a prompt that does not fit", False)
     seed: int = _about("seed of sampling", 0, low=0, high=2**63 - 1)
 
@@ -89,12 +120,20 @@ class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
+    elasticsearch: ElasticsearchSettings = field(default_factory=ElasticsearchSettings)
+    tools: ToolSettings = field(default_factory=ToolSettings)
+    budget: BudgetSettings = field(default_factory=BudgetSettings)
     record: RecordSettings = field(default_factory=RecordSettings)
     run: RunSettings = field(default_factory=RunSettings)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def source(self, key: str) -> str:
         return self.sources.get(key, "default")
+
+    @property
+    def files(self) -> Path:
+        """The folder that tools and graphs write in."""
+        return self.paths.files or self.paths.home / "files"
 
     def get(self, key: str) -> Any:
         section, _, name = key.partition(".")
@@ -105,6 +144,11 @@ class Settings:
 def describe() -> dict[str, str]:
     """Every key with its one-line meaning, in order."""
     return {key: spec.metadata["about"] for key, (_, spec, _) in _schema().items()}
+
+
+def is_secret(key: str) -> bool:
+    """Whether a value must not be shown."""
+    return bool(_schema()[key][1].metadata.get("secret"))
 
 
 @cache
@@ -125,7 +169,14 @@ def variable(key: str) -> str:
 
 
 # The command line's flag for a key where it is not the key's own last word.
-_FLAGS = {"model.name": "--model"}
+_FLAGS = {
+    "model.name": "--model",
+    "elasticsearch.url": "--es-url",
+    "budget.steps": "--max-steps",
+    "budget.model_calls": "--max-model-calls",
+    "budget.tokens": "--max-tokens",
+    "budget.seconds": "--max-seconds",
+}
 
 
 def load_settings(
@@ -192,6 +243,11 @@ def _convert(key: str, raw: Any, kind: Any, limits: Mapping[str, Any], source: s
         if raw not in get_args(kind):
             raise wrong("one of " + ", ".join(get_args(kind)))
         return raw
+    if kind == tuple[str, ...]:
+        names = raw.split(",") if isinstance(raw, str) else raw
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise wrong("a list of names")
+        return tuple(name.strip() for name in names if name.strip())
     if kind is bool:
         word = str(raw).lower()
         if word not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
@@ -205,6 +261,7 @@ def _convert(key: str, raw: Any, kind: Any, limits: Mapping[str, Any], source: s
         if not limits.get("low", number) <= number <= limits.get("high", number):
             raise wrong(f"between {limits['low']:,} and {limits['high']:,}")
         return number
+    is_path = kind is Path or Path in get_args(kind)
     if not isinstance(raw, str | Path) or not str(raw).strip():
-        raise wrong("a path" if kind is Path else "a word")
-    return Path(raw).expanduser().absolute() if kind is Path else str(raw)
+        raise wrong("a path" if is_path else "a word")
+    return Path(raw).expanduser().absolute() if is_path else str(raw)

@@ -72,7 +72,7 @@ def config(
 ) -> None:
     """Show every setting, its value, which source won, and what it means."""
     from agentops.cli.render import clean
-    from agentops.settings import Settings, describe, load_settings, variable
+    from agentops.settings import Settings, describe, is_secret, load_settings, variable
 
     settings, builtin = load_settings(), Settings()
     chosen = {name: about for name, about in describe().items() if key is None or name == key or name.startswith(f"{key}.")}
@@ -80,10 +80,15 @@ def config(
         near = get_close_matches(str(key), describe(), n=1)
         hint = f"did you mean {near[0]}?" if near else "see every setting with: agentops config"
         raise SettingsError(f"no setting is called '{key}'", hint=hint)
+
+    def value(name: str) -> Any:
+        held = settings.get(name)
+        return "***" if held and is_secret(name) else _plain(held)
+
     if as_json:
         rows = {
             name: {
-                "value": _plain(settings.get(name)),
+                "value": value(name),
                 "source": settings.source(name),
                 "default": _plain(builtin.get(name)),
                 "variable": variable(name),
@@ -93,9 +98,7 @@ def config(
         }
         print(json.dumps(rows, indent=2))
         return
-    table = [
-        (name, clean(str(_plain(settings.get(name)))), clean(settings.source(name)), about) for name, about in chosen.items()
-    ]
+    table = [(name, clean(_shown(value(name))), clean(settings.source(name)), about) for name, about in chosen.items()]
     widths = [max(len(row[column]) for row in table) for column in range(3)]
     for row in table:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]))
@@ -103,6 +106,10 @@ def config(
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
+
+
+def _shown(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:

@@ -137,7 +137,7 @@ def test_an_endless_graph_is_stopped(settings: Settings) -> None:
     graph = StateGraph(State).add_node("one", one).add_edge(START, "one").add_edge("one", "one")
     with Runtime(settings) as runtime, pytest.raises(NodeFailed, match="Recursion") as failed:
         runtime.run(graph, {"trail": []})
-    assert "run.recursion_limit" in failed.value.hint
+    assert "budget.steps" in failed.value.hint
 
 
 def test_an_interrupt_is_a_pause_and_an_answer_goes_on(settings: Settings) -> None:
