@@ -15,28 +15,48 @@ import linecache
 import sys
 import traceback
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from agentops.checkpoint import schema_types
+from agentops.choice import Option, choose
 from agentops.engine import Engine, generate
 from agentops.errors import GraphBroken, GraphNotFound, UsageError
 from agentops.grounding import Relevance, relevance
 from agentops.prompts import PromptLibrary
-from agentops.records import Constraint, Generation, Query, Request, Retrieval, ScoreRequest, Scores
+from agentops.records import (
+    Constraint,
+    Generation,
+    Query,
+    Request,
+    Retrieval,
+    ScoreRequest,
+    Scores,
+    ToolCall,
+    ToolResult,
+    content_hash,
+)
 from agentops.retrieval import Embedder, Retriever
+from agentops.settings import ToolSettings
 from agentops.tracer import tagged
 
 if TYPE_CHECKING:
+    from langchain_core.tools import BaseTool
     from langgraph.graph.state import CompiledStateGraph
+
+    from agentops.tools import Toolbox
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a node gets as `runtime.context` in a graph built with `context_schema=Context`."""
+    """What a node gets as `runtime.context` in a graph built with `context_schema=Context`.
+
+    `files` is the only folder to write in. `tools` are those of the MCP servers that the settings name, for a graph that
+    puts them beside its own: `toolbox.joined(context.tools)`.
+    """
 
     engine: Engine
     retriever: Retriever
@@ -46,6 +66,9 @@ class Context:
     k: int
     seed: int
     trim: bool = False
+    files: Path = Path("files")
+    tools: tuple[BaseTool, ...] = ()
+    tool_settings: ToolSettings = field(default_factory=ToolSettings)
 
     async def ask(
         self,
@@ -112,6 +135,47 @@ class Context:
             return await relevance(
                 self.engine, self.embedder, question, texts, lambda text: chosen.render(text=text), shortlist=shortlist
             )
+
+    async def choose(self, prompt: str, request: str, options: Mapping[str, str]) -> list[Option]:
+        """Which of the options (what each is for, by name) a request is for, best first. `prompt` has one hole, `{text}`,
+        for what an option is for, and asks for a request that it serves.
+
+        Raises:
+            PromptError, EngineError
+        """
+        chosen = self.prompts.get(prompt)
+        with tagged(prompt=chosen.version):
+            return await choose(self.engine, self.embedder, request, options, lambda text: chosen.render(text=text))
+
+    async def propose(self, prompt: str, toolbox: Toolbox, tool: str, /, *, max_tokens: int = 256, **values: Any) -> ToolCall:
+        """A call of `tool` with arguments that the model writes, held to the tool's schema while it does.
+
+        A call that is kept in the state has the same id when the run is taken up again.
+
+        Raises:
+            ToolError: no such tool.  PromptError, EngineError
+        """
+        schema = toolbox.schema(tool)
+        made = await self.ask(prompt, max_tokens=max_tokens, schema=schema, **values) if schema.get("properties") else None
+        try:
+            arguments = json.loads(made.text) if made else {}
+        except ValueError:
+            # Cut at max_tokens; performing it says what is missing.
+            arguments = {}
+        return ToolCall(tool, arguments, _call_id(tool, arguments))
+
+    async def perform(self, toolbox: Toolbox, call: ToolCall) -> ToolResult:
+        """Runs a call under the policy of the toolbox and the settings; never raises for what a tool does wrong. Where a
+        person has to be asked the run waits here, and the node runs again from its beginning when there is an answer."""
+        return await toolbox.perform(call, self.tool_settings)
+
+
+def _call_id(tool: str, arguments: Any) -> str:
+    """The task of the graph that makes a call is the same each time it runs; two calls of one task differ in what they ask."""
+    from langgraph.config import get_config
+
+    task = str(get_config().get("configurable", {}).get("checkpoint_ns", ""))
+    return "call_" + content_hash(json.dumps([task, tool, arguments], sort_keys=True)).removeprefix("b2:")[:20]
 
 
 @dataclass(frozen=True)

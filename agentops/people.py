@@ -1,1 +1,134 @@
-"""Being written."""
+"""Asking a person: how a node stops for one, what is asked, and whether an answer fits.
+
+A node that stops runs again from its beginning when it is answered, so it should ask first and act afterwards.
+This module neither starts nor resumes runs; the runtime does.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
+
+from agentops.errors import AnswerUnfit
+from agentops.records import Decision, Interrupt
+from agentops.schema import violation
+
+if TYPE_CHECKING:
+    from langgraph.types import Interrupt as Raised
+
+_DECISION: dict[str, Any] = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["approve", "edit", "reject"]}, "content": {}, "reason": {"type": "string"}},
+    "required": ["kind"],
+    "additionalProperties": False,
+}
+
+
+def approve(question: str, content: Any, *, schema: dict[str, Any] | None = None) -> Decision:
+    """Stops the run until a person has approved, edited or rejected `content`, which is text or JSON.
+
+    `schema` is what an edited content must fit; without one it must be of the same JSON type. The decision's content is
+    what to go on with: the proposal, or what the person made of it.
+    """
+    from langgraph.types import interrupt
+
+    asked = {"kind": "approval", "question": question, "content": content, "schema": schema}
+    decision = Decision(**interrupt(asked, response_schema=_DECISION))
+    return decision if decision.kind == "edit" else Decision(decision.kind, content, decision.reason)
+
+
+def ask(question: str, *, schema: dict[str, Any] | None = None) -> Any:
+    """Stops the run until a person has answered; the answer fits `schema`, or is anything where there is none."""
+    from langgraph.types import interrupt
+
+    return interrupt({"kind": "question", "question": question}, response_schema=schema)
+
+
+def read(raised: Raised, node: str) -> Interrupt:
+    """What LangGraph's interrupt asks for: one of ours, or any value that somebody else's graph stops with."""
+    value, schema = raised.value, raised.response_schema
+    about = value if isinstance(value, dict) else {}
+    if about.get("kind") == "approval" and isinstance(about.get("question"), str) and "content" in about:
+        return Interrupt(raised.id, "approval", about["question"], node, about["content"], about.get("schema"))
+    named = next((about[key] for key in ("question", "message", "prompt") if isinstance(about.get(key), str)), None)
+    question = value if isinstance(value, str) else named or f"{node} asks"
+    content = None if isinstance(value, str) or set(about) == {"kind", "question"} else value
+    return Interrupt(raised.id, "question", question, node, content, schema if isinstance(schema, dict) else None)
+
+
+def fitting(asked: Interrupt, answer: Any) -> Any:
+    """The answer in the form in which the graph takes it, plain data.
+
+    Raises:
+        AnswerUnfit
+    """
+    if asked.kind == "pause":
+        if answer is None or answer is True or (isinstance(answer, Decision) and answer.kind == "approve"):
+            return None
+        raise _unfit(asked, "nothing is asked there", "go on with: --approve")
+    if asked.kind == "approval":
+        return asdict(_decision(asked, answer))
+    if isinstance(answer, Decision):
+        # Somebody else's graph: yes and no are the values such graphs test for.
+        answer = answer.content if answer.kind == "edit" else answer.kind == "approve"
+    if answer is None:
+        raise _unfit(asked, "no answer was given", "give one with --answer")
+    if asked.schema is not None and isinstance(answer, str) and violation(asked.schema, answer):
+        answer = _parsed(answer)
+    if asked.schema is not None and (wrong := violation(asked.schema, answer)):
+        raise _unfit(asked, wrong, f"the answer must fit: {json.dumps(asked.schema)[:400]}")
+    return answer
+
+
+def _decision(asked: Interrupt, answer: Any) -> Decision:
+    if isinstance(answer, bool):
+        answer = Decision("approve" if answer else "reject")
+    if isinstance(answer, str):
+        answer = _parsed(answer)
+    if isinstance(answer, dict):
+        if wrong := violation(_DECISION, answer):
+            raise _unfit(asked, wrong)
+        answer = Decision(**answer)
+    if not isinstance(answer, Decision):
+        raise _unfit(asked, f"{str(answer)[:80]!r} is no decision")
+    if answer.kind != "edit":
+        return answer
+    if asked.schema is not None:
+        if wrong := violation(asked.schema, answer.content):
+            raise _unfit(asked, f"the edited content does not fit: {wrong}", f"it must fit: {json.dumps(asked.schema)[:400]}")
+    elif type(answer.content) is not type(asked.content):
+        kinds = {"str": "text", "dict": "a JSON object", "list": "a JSON list"}
+        kind = type(asked.content).__name__
+        wanted = kinds.get(kind, kind)
+        raise _unfit(asked, "the edited content is of another kind", f"it must be {wanted}")
+    if answer.content in ("", None):
+        raise _unfit(asked, "the edited content is empty", "to refuse it, use --reject")
+    return answer
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _unfit(asked: Interrupt, what: str, hint: str = "") -> AnswerUnfit:
+    return AnswerUnfit(
+        f"interrupt {asked.id} ({asked.question[:100]}): {what}",
+        hint=hint or "it takes --approve, --edit FILE or --reject",
+    )
+
+
+def as_plain(interrupts: tuple[Interrupt, ...]) -> list[dict[str, Any]]:
+    """For the record."""
+    return [asdict(one) for one in interrupts]
+
+
+def from_plain(recorded: Any) -> tuple[Interrupt, ...]:
+    """Interrupts out of the record; what was cut or is damaged there is left out."""
+    names = set(Interrupt.__dataclass_fields__)
+    rows = [row for row in recorded if isinstance(row, dict)] if isinstance(recorded, list) else []
+    kept = [{key: value for key, value in row.items() if key in names} for row in rows]
+    return tuple(Interrupt(**cast("dict[str, Any]", row)) for row in kept if {"id", "kind", "question", "node"} <= set(row))

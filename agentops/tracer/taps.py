@@ -255,9 +255,16 @@ class Taps(GraphCallbackHandler):
         run_id: UUID,
         parent_run_id: UUID | None = None,
         inputs: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         run = self.agentops_run
+        if "agentops_tool" in (metadata or {}):
+            # The toolbox that runs it has opened the span already, and closes it.
+            parent, clock = run.parent(parent_run_id), run.tracer.clock
+            self._passed[run_id] = _Passed("tool", parent, None, (clock.now_ns(), clock.monotonic_ns()), router=False)
+            run.bind(run_id, parent)
+            return
         name = str((serialized or {}).get("name") or kwargs.get("name") or "tool")
         attributes = {"tool_call_id": str(call)} if (call := kwargs.get("tool_call_id")) else None
         asked = inputs if inputs is not None else input_str
