@@ -12,18 +12,21 @@ import sysconfig
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from langgraph.types import Command
+from langgraph.errors import GraphRecursionError
+from langgraph.types import Command, StateSnapshot
 
+from agentops import people
 from agentops.checkpoint import open_checkpointer
 from agentops.clock import Clock
-from agentops.errors import AgentOpsError, JournalFull, NodeFailed, RecordError
+from agentops.errors import AgentOpsError, BudgetSpent, JournalFull, NodeFailed, RecordError
 from agentops.graph import Context, LoadedGraph
-from agentops.records import RunResult, RunStatus
+from agentops.records import Interrupt, RunResult, RunStatus
 from agentops.settings import Settings
-from agentops.tracer import RunTrace
+from agentops.tracer import Meter, RunTrace
 
 Standing = Literal["unborn", "open", "over", "passed"]
 """Where a run stands in its thread. unborn: it has no checkpoint, its input was never taken.  open: the thread's newest
@@ -58,18 +61,22 @@ async def execute(
     clock: Clock,
     context: Context | None,
     at: Standing,
+    meter: Meter,
 ) -> Outcome:
     """Runs the graph and writes how it ended. A run that is `at` "open" goes on from its checkpoint, one that is "over" is
-    only closed.
+    only closed. Where its budget is spent, what was reached is its output.
 
     Raises:
         asyncio.CancelledError: the run is on record as cancelled.
     """
     started = clock.monotonic_ns()
 
-    def ended(status: RunStatus, output: Any = None, error: Exception | None = None, pending: tuple[Any, ...] = ()) -> Outcome:
+    def ended(
+        status: RunStatus, output: Any = None, error: Exception | None = None, pending: tuple[Interrupt, ...] = ()
+    ) -> Outcome:
         cause = error
-        trace.end(status, output=output, error=error.__cause__ or error if isinstance(error, NodeFailed) else error)
+        said_of = error.__cause__ or error if isinstance(error, NodeFailed) else error
+        trace.end(status, output=output, error=said_of, pending=[asdict(one) for one in pending])
         try:
             trace.check()
         except JournalFull as full:
@@ -78,38 +85,96 @@ async def execute(
         took_ms = (clock.monotonic_ns() - started) / 1e6
         return RunResult(trace.run_id, trace.thread_id, status, output, trace.usage, took_ms, said, pending), cause
 
+    reached = _Reached()
     try:
-        output = await _invoke(graph, input, trace, settings, context, at)
+        await _invoke(graph, input, trace, settings, context, at, meter, reached)
     except asyncio.CancelledError as error:
         trace.end("cancelled", error=error)
         raise
     except AgentOpsError as error:
-        return ended("failed", error=error)
+        return ended("failed", reached.values, error=error)
     except (Exception, SystemExit, KeyboardInterrupt) as error:
-        return ended("failed", error=_explained(error, graph, trace.run_id, settings))
-    if isinstance(output, dict) and (pending := output.get("__interrupt__")):
-        visible = {key: value for key, value in output.items() if key != "__interrupt__"}
-        return ended("waiting", visible, pending=tuple(pending))
-    return ended("done", output)
+        return ended("failed", error=_explained(error, graph, trace.run_id))
+    return ended("waiting" if reached.pending else "done", reached.values, pending=reached.pending)
+
+
+@dataclass
+class _Reached:
+    """How far a graph came: the values of its state, and what it waits for."""
+
+    values: Any = None
+    pending: tuple[Interrupt, ...] = ()
 
 
 async def _invoke(
-    graph: LoadedGraph, input: Any, trace: RunTrace, settings: Settings, context: Context | None, at: Standing
-) -> Any:
+    graph: LoadedGraph,
+    input: Any,
+    trace: RunTrace,
+    settings: Settings,
+    context: Context | None,
+    at: Standing,
+    meter: Meter,
+    reached: _Reached,
+) -> None:
     config: Any = {
         "configurable": {"thread_id": trace.thread_id},
         "callbacks": [trace.handler],
         "metadata": {"run_id": trace.run_id},
-        "recursion_limit": settings.budget.steps,
+        "recursion_limit": meter.budget.steps,
     }
     async with _checkpointed(graph, settings, trace.thread_id) as compiled:
         if at == "over":
-            return (await compiled.aget_state(config)).values
+            reached.values = (await compiled.aget_state(config)).values
+            return
         if at == "open" and not isinstance(input, Command):
             input = None  # noqa: A001 - the checkpoint holds the state; what is on record of the input is text
-        output = await compiled.ainvoke(input, config, context=cast(Any, context), durability="sync")
+        spent: str | None = None
+        try:
+            async with asyncio.timeout(meter.budget.seconds) as limit:
+                output = await compiled.ainvoke(input, config, context=cast(Any, context), durability="sync")
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            spent = "seconds"
+        except GraphRecursionError:
+            spent = "steps"
+        except BudgetSpent:
+            reached.values = (await compiled.aget_state(config)).values
+            raise
+        if spent:
+            reached.values = (await compiled.aget_state(config)).values
+            raise meter.spent(spent)
         trace.check()
-        return output
+        reached.pending = pending_in(await compiled.aget_state(config, subgraphs=True))
+        waiting = reached.pending and isinstance(output, dict)
+        reached.values = {key: value for key, value in output.items() if key != "__interrupt__"} if waiting else output
+
+
+def pending_in(state: StateSnapshot, path: tuple[str, ...] = ()) -> tuple[Interrupt, ...]:
+    """What the tasks of a thread wait for, those inside subgraphs too, each once."""
+    found: dict[str, Interrupt] = {}
+    for task in state.tasks:
+        inner = pending_in(task.state, (*path, task.name)) if isinstance(task.state, StateSnapshot) else ()
+        # A graph that a node calls by itself is no subgraph to LangGraph; what it asks is known of the node.
+        own = (people.read(raised, " / ".join((*path, task.name))) for raised in task.interrupts)
+        for one in (*inner, *own):
+            found.setdefault(one.id, one)
+    if not found and state.next and not path:
+        return tuple(
+            Interrupt(task.id, "pause", f"stopped before {task.name}", task.name) for task in state.tasks if not task.error
+        )
+    return tuple(found.values())
+
+
+async def pending(graph: LoadedGraph, settings: Settings, thread_id: str) -> tuple[Interrupt, ...]:
+    """What a thread waits for. Hold its lease.
+
+    Raises:
+        StoreBroken: the thread's checkpoints cannot be read.
+    """
+    async with _checkpointed(graph, settings, thread_id) as compiled:
+        config: Any = {"configurable": {"thread_id": thread_id}}
+        return pending_in(await compiled.aget_state(config, subgraphs=True))
 
 
 @asynccontextmanager
@@ -122,7 +187,7 @@ async def _checkpointed(graph: LoadedGraph, settings: Settings, thread_id: str) 
         yield graph.compiled.copy({"checkpointer": saver})
 
 
-def _explained(error: BaseException, graph: LoadedGraph, run_id: str, settings: Settings) -> AgentOpsError:
+def _explained(error: BaseException, graph: LoadedGraph, run_id: str) -> AgentOpsError:
     """What a user is told of an exception that is not ours, with it as the cause."""
     node = _failed_node(error)
     told: AgentOpsError
@@ -132,9 +197,6 @@ def _explained(error: BaseException, graph: LoadedGraph, run_id: str, settings: 
         told = kind(f"no checkpoint could be written: {said}", hint=f"make room, then go on with: agentops resume {run_id}")
     else:
         told = NodeFailed(f"{node or graph.name}: {type(error).__name__}: {error}{_place(error)}", run_id=run_id, node=node)
-        if type(error).__name__ == "GraphRecursionError":
-            limit = settings.budget.steps
-            told.hint = f"the graph took {limit} supersteps; raise budget.steps or mend the loop"
     told.__cause__ = error
     return told
 

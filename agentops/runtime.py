@@ -10,24 +10,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping
-from dataclasses import replace
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from agentops import people
 from agentops.checkpoint import check_thread_id, lease
 from agentops.clock import Clock, Ids, SystemClock, UlidSource
 from agentops.engine import Engine
-from agentops.errors import InputTooLarge, RunCancelled, ThreadBusy, UsageError
-from agentops.execution import Outcome, Standing, execute, standing
+from agentops.errors import AnswerUnfit, InputTooLarge, RunCancelled, ThreadBusy, UsageError
+from agentops.execution import Outcome, Standing, execute, pending, standing
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
 from agentops.parts import open_embedder, open_engine, open_index
-from agentops.records import RunEvent, RunResult, RunStarted
+from agentops.records import Budget, Interrupt, RunEvent, RunResult, RunStarted
 from agentops.retrieval import Embedder, Index, collection_not_found
 from agentops.settings import Settings, load_settings
 from agentops.store import RunRow, open_store
 from agentops.sync import iterate_sync, run_sync
-from agentops.tracer import TracedEngine, TracedRetriever, catch_up, open_tracer
+from agentops.tracer import Meter, TracedEngine, TracedRetriever, catch_up, open_tracer
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -137,18 +138,21 @@ class Runtime:
         *,
         thread: str | None = None,
         collection: str | None = None,
+        budget: Budget | None = None,
     ) -> RunResult:
         """Runs a graph to its end or to its next question to a person.
 
         `graph` is a name, `file.py:attribute`, or a LangGraph graph object. `input` is what the graph takes; a string is
-        put where the graph expects text. `thread` goes on with a conversation; without it a new one begins.
+        put where the graph expects text. `thread` goes on with a conversation; without it a new one begins. `budget` is what
+        the run may cost; the settings say otherwise.
 
         Raises:
             NodeFailed: a node raised; the cause is chained. An `AgentOpsError` out of a node is raised as it is.
+            BudgetSpent: it needed more; what was reached is on record, and it can be resumed.
             RunCancelled: the runtime was closed meanwhile.
             ThreadBusy, GraphError, UsageError
         """
-        return await self._finish(self._start(self._load(graph), input, thread, collection))
+        return await self._finish(self._start(self._load(graph), input, thread, collection, budget))
 
     async def astream(
         self,
@@ -157,25 +161,45 @@ class Runtime:
         *,
         thread: str | None = None,
         collection: str | None = None,
+        budget: Budget | None = None,
     ) -> AsyncIterator[RunEvent]:
         """Like `arun`, but yields what happens while it happens. Leaving the iterator early cancels the run."""
-        async with contextlib.aclosing(self._start(self._load(graph), input, thread, collection)) as events:
+        async with contextlib.aclosing(self._start(self._load(graph), input, thread, collection, budget)) as events:
             async for event in events:
                 yield event
 
-    async def aresume(self, run_id: str, *, answer: Any = None, graph: Any = None) -> RunResult:
+    async def aresume(
+        self,
+        run_id: str,
+        *,
+        answer: Any = None,
+        answers: Mapping[str, Any] | None = None,
+        graph: Any = None,
+        budget: Budget | None = None,
+    ) -> RunResult:
         """Goes on with a run that crashed, failed, was cancelled or waits, from its last checkpoint.
 
-        `answer` is given to the interrupt of a waiting run. `graph` is needed where the run was of a graph object.
+        `answer` is for the one interrupt of a waiting run, `answers` for several by their ids (or unique beginnings of them);
+        those that are not answered go on waiting. An approval is answered with a `Decision`. `graph` is needed where the run
+        was of a graph object.
 
         Raises:
+            AnswerUnfit: an answer is not what was asked for, or nothing of that id waits; the run still waits.
             RunNotFound, UsageError: it is done, or waits for an answer that was not given.  ThreadBusy: it still runs.
         """
-        return await self._finish(self._again(run_id, answer, graph))
+        return await self._finish(self._again(run_id, _Answers(answer, answers), graph, budget))
 
-    async def astream_resume(self, run_id: str, *, answer: Any = None, graph: Any = None) -> AsyncIterator[RunEvent]:
+    async def astream_resume(
+        self,
+        run_id: str,
+        *,
+        answer: Any = None,
+        answers: Mapping[str, Any] | None = None,
+        graph: Any = None,
+        budget: Budget | None = None,
+    ) -> AsyncIterator[RunEvent]:
         """Like `aresume`, but yields what happens while it happens."""
-        async with contextlib.aclosing(self._again(run_id, answer, graph)) as events:
+        async with contextlib.aclosing(self._again(run_id, _Answers(answer, answers), graph, budget)) as events:
             async for event in events:
                 yield event
 
@@ -186,9 +210,10 @@ class Runtime:
         *,
         thread: str | None = None,
         collection: str | None = None,
+        budget: Budget | None = None,
     ) -> RunResult:
         """`arun` for callers without an event loop."""
-        return run_sync(self.arun(graph, input, thread=thread, collection=collection))
+        return run_sync(self.arun(graph, input, thread=thread, collection=collection, budget=budget))
 
     def stream(
         self,
@@ -197,17 +222,34 @@ class Runtime:
         *,
         thread: str | None = None,
         collection: str | None = None,
+        budget: Budget | None = None,
     ) -> Generator[RunEvent, None, None]:
         """`astream` for callers without an event loop."""
-        return iterate_sync(self.astream(graph, input, thread=thread, collection=collection))
+        return iterate_sync(self.astream(graph, input, thread=thread, collection=collection, budget=budget))
 
-    def resume(self, run_id: str, *, answer: Any = None, graph: Any = None) -> RunResult:
+    def resume(
+        self,
+        run_id: str,
+        *,
+        answer: Any = None,
+        answers: Mapping[str, Any] | None = None,
+        graph: Any = None,
+        budget: Budget | None = None,
+    ) -> RunResult:
         """`aresume` for callers without an event loop."""
-        return run_sync(self.aresume(run_id, answer=answer, graph=graph))
+        return run_sync(self.aresume(run_id, answer=answer, answers=answers, graph=graph, budget=budget))
 
-    def stream_resume(self, run_id: str, *, answer: Any = None, graph: Any = None) -> Generator[RunEvent, None, None]:
+    def stream_resume(
+        self,
+        run_id: str,
+        *,
+        answer: Any = None,
+        answers: Mapping[str, Any] | None = None,
+        graph: Any = None,
+        budget: Budget | None = None,
+    ) -> Generator[RunEvent, None, None]:
         """`astream_resume` for callers without an event loop."""
-        return iterate_sync(self.astream_resume(run_id, answer=answer, graph=graph))
+        return iterate_sync(self.astream_resume(run_id, answer=answer, answers=answers, graph=graph, budget=budget))
 
     async def aclose(self) -> None:
         """Cancels what still runs and closes what the runtime opened, the record last. Closing twice is harmless."""
@@ -254,7 +296,7 @@ class Runtime:
         return load_graph(graph) if isinstance(graph, str) else adopt_graph(graph)
 
     def _start(
-        self, graph: LoadedGraph, input: Any, thread: str | None, collection: str | None
+        self, graph: LoadedGraph, input: Any, thread: str | None, collection: str | None, budget: Budget | None
     ) -> AsyncGenerator[RunEvent, None]:
         if isinstance(input, str):
             if not input.strip():
@@ -273,17 +315,17 @@ class Runtime:
                 raise collection_not_found(collection, known)
         thread_id = check_thread_id(thread) if thread else self._ids.new("th")
         details = self._details({}, {"retrieval.collection": collection})
-        return self._go(graph, input, self._ids.new("run"), thread_id, details)
+        return self._go(graph, input, self._ids.new("run"), thread_id, details, budget)
 
-    async def _again(self, run_id: str, answer: Any, graph: Any) -> AsyncGenerator[RunEvent, None]:
-        row = await asyncio.to_thread(self._resumable, run_id, answer)
+    async def _again(self, run_id: str, answers: _Answers, graph: Any, budget: Budget | None) -> AsyncGenerator[RunEvent, None]:
+        row = await asyncio.to_thread(self._resumable, run_id)
         if graph is None and row.graph.startswith("python:"):
             raise UsageError(
                 f"run {row.id} is of a graph object made in Python", hint="resume it there: runtime.resume(run, graph=graph)"
             )
         loaded = self._load(graph if graph is not None else row.graph)
         details = self._details(row.settings, {})
-        async with contextlib.aclosing(self._go(loaded, answer, row.id, row.thread_id, details, resumed=True)) as events:
+        async with contextlib.aclosing(self._go(loaded, answers, row.id, row.thread_id, details, budget)) as events:
             async for event in events:
                 yield event
 
@@ -295,29 +337,29 @@ class Runtime:
             details[key] = given.get(key) or (chosen if chosen is not None else self.settings.get(key))
         return details
 
-    def _resumable(self, run_id: str, answer: Any) -> RunRow:
+    def _resumable(self, run_id: str) -> RunRow:
         row = self._find(run_id)
         if row.status == "done":
             raise UsageError(f"run {row.id} is done; there is nothing to resume", hint=f"see it with: agentops show {row.id}")
         if row.status in ("running", "queued"):
             raise ThreadBusy(f"run {row.id} is still running", hint="stop it first, or wait for its end")
-        if row.status == "waiting" and answer is None:
-            raise UsageError(f"run {row.id} waits for an answer", hint="give one with --answer")
         return row
 
-    async def _taken_up(self, graph: LoadedGraph, run_id: str, answer: Any) -> tuple[Any, Standing]:
+    async def _taken_up(self, graph: LoadedGraph, run_id: str, answers: _Answers) -> tuple[Any, Standing]:
         """What a resumed run is invoked with, and where it stands. Called under the lease, since only then is it sure."""
-        row = await asyncio.to_thread(self._resumable, run_id, answer)
+        row = await asyncio.to_thread(self._resumable, run_id)
         at = await standing(graph, self.settings, row.id, row.thread_id)
         if at == "passed":
             raise UsageError(
                 f"another run went on with thread {row.thread_id} after run {row.id}",
                 hint="it cannot be resumed without undoing that; start a new run on the thread",
             )
-        if row.status == "waiting" and at == "open":
+        asked = await pending(graph, self.settings, row.thread_id) if at == "open" else ()
+        given = answers.fitted(asked, row.id, waiting=row.status == "waiting")
+        if given:
             from langgraph.types import Command
 
-            return Command(resume=answer), at
+            return Command(resume=given), at
         return await asyncio.to_thread(self._payload, row), at
 
     def _find(self, run_id: str) -> RunRow:
@@ -347,22 +389,29 @@ class Runtime:
         run_id: str,
         thread_id: str,
         details: dict[str, Any],
-        *,
-        resumed: bool = False,
+        budget: Budget | None,
     ) -> AsyncGenerator[RunEvent, None]:
+        resumed = isinstance(input, _Answers)
         with lease(self.settings, thread_id):
             at: Standing = "unborn"
-            if resumed:
+            if isinstance(input, _Answers):
                 input, at = await self._taken_up(graph, run_id, input)  # noqa: A001
             context = await asyncio.to_thread(self._context, graph, details) if graph.uses_context else None
+            meter = Meter(budget or Budget(**asdict(self.settings.budget)), self._clock)
             trace = self._tracer.start_run(
-                run_id=run_id, thread_id=thread_id, graph=graph.reference, input=input, settings=details, resumed=resumed
+                run_id=run_id,
+                thread_id=thread_id,
+                graph=graph.reference,
+                input=input,
+                settings=details,
+                resumed=resumed,
+                meter=meter,
             )
             loop = asyncio.get_running_loop()
             queue: asyncio.Queue[RunEvent | None] = asyncio.Queue()
             trace.listen(lambda event: _hand_over(loop, queue, event))
             work = asyncio.create_task(
-                execute(graph, input, trace, settings=self.settings, clock=self._clock, context=context, at=at)
+                execute(graph, input, trace, settings=self.settings, clock=self._clock, context=context, at=at, meter=meter)
             )
             self._working.add(work)
             work.add_done_callback(self._working.discard)
@@ -392,7 +441,42 @@ class Runtime:
             k=details["retrieval.k"],
             seed=details["run.seed"],
             trim=details["run.trim"],
+            files=self.settings.files,
+            tool_settings=self.settings.tools,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """What a person said to a waiting run: one answer for its only interrupt, or several by the interrupts' ids."""
+
+    one: Any = None
+    by_id: Mapping[str, Any] | None = None
+
+    def fitted(self, asked: Sequence[Interrupt], run_id: str, *, waiting: bool) -> dict[str, Any]:
+        """What each answered interrupt is resumed with, by its id.
+
+        Raises:
+            AnswerUnfit, UsageError
+        """
+        open_ones = ", ".join(f"{one.id} ({one.question[:60]})" for one in asked) or "none"
+        given: dict[str, tuple[Interrupt, Any]] = {}
+        for key, answer in (self.by_id or {}).items():
+            found = [one for one in asked if one.id.startswith(key)] if key else []
+            if len(found) != 1:
+                why = "more than one interrupt begins with" if found else "nothing waits under"
+                raise AnswerUnfit(f"{why} '{key}' in run {run_id}; it may be answered already", hint=f"open: {open_ones}")
+            given[found[0].id] = found[0], answer
+        if self.one is not None:
+            if not asked:
+                raise AnswerUnfit(f"run {run_id} waits for no answer", hint=f"go on without: agentops resume {run_id}")
+            if len(asked) > 1:
+                raise AnswerUnfit(f"run {run_id} waits for {len(asked)} answers; say which is meant", hint=f"open: {open_ones}")
+            given[asked[0].id] = asked[0], self.one
+        if not given and waiting and any(one.kind != "pause" for one in asked):
+            raise UsageError(f"run {run_id} waits for an answer", hint=f"see what it asks: agentops inbox {run_id}")
+        made = {key: people.fitting(one, answer) for key, (one, answer) in given.items()}
+        return {key: answer for key, answer in made.items() if answer is not None}
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[RunEvent | None], event: RunEvent) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -130,6 +131,24 @@ class Store:
             return json.loads(zstandard.ZstdDecompressor().decompress(rows[0].data, max_output_size=rows[0].size))
         except (ValueError, zstandard.ZstdError) as error:
             raise RecordError(f"the content {hash} is damaged: {error}") from error
+
+    def inputs(self, runs: Sequence[RunRow]) -> dict[str, Any]:
+        """What runs were started with, by their ids; runs whose input is not in the store are left out."""
+        found: dict[str, Any] = {}
+        for run in runs:
+            if run.input_hash is not None:
+                with suppress(RecordError):
+                    found[run.id] = self.payload(run.input_hash)
+        return found
+
+    def pending(self, run: RunRow) -> list[dict[str, Any]]:
+        """What a waiting run asks for, as fields of `records.Interrupt`.
+
+        Raises:
+            RecordError: it is damaged.
+        """
+        asked = self.payload(run.pending_hash) if run.status == "waiting" and run.pending_hash else []
+        return [one for one in asked if isinstance(one, dict)] if isinstance(asked, list) else []
 
     def thread(self, thread_id: str) -> ThreadRow:
         """

@@ -14,7 +14,8 @@ from agentops.records import RunStatus, SpanKind, SpanStatus, Timing, Usage
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
-    """A run. `ended_ns` is None while it runs, and for a crashed one, whose end nobody saw."""
+    """A run. `ended_ns` is None while it runs, and for a crashed one, whose end nobody saw; for a waiting one it is when it
+    began to wait. `pending_hash` names what it then asks for."""
 
     id: str
     thread_id: str
@@ -24,6 +25,7 @@ class RunRow:
     ended_ns: int | None
     input_hash: str | None
     output_hash: str | None
+    pending_hash: str | None
     error: str | None
     pid: int
     usage: Usage

@@ -28,7 +28,8 @@ class Thread(SQLModel, table=True):
 
 
 class Run(SQLModel, table=True):
-    """One invocation of a graph on a thread. The token columns are the sums over its generation spans."""
+    """One invocation of a graph on a thread. The token columns are the sums over its generation spans; `pending_hash` names
+    what it asks for while it waits."""
 
     __table_args__ = (Index("ix_run_status", "status"), Index("ix_run_started", "started_ns", "id"))
 
@@ -40,6 +41,7 @@ class Run(SQLModel, table=True):
     ended_ns: int | None = _ns(nullable=True)
     input_hash: str | None = None
     output_hash: str | None = None
+    pending_hash: str | None = None
     error: str | None = _text()
     pid: int = 0
     segment: str = ""

@@ -26,7 +26,7 @@ log = logging.getLogger("agentops.store")
 Event = Mapping[str, Any]
 USAGE = ("input_tokens", "output_tokens", "cached_tokens", "computed_tokens", "trimmed_tokens")
 # What a later event of a run may change; the rest stays as it was when the run began.
-_RUN_CHANGES = ("status", "ended_ns", "output_hash", "error", "pid", "segment")
+_RUN_CHANGES = ("status", "ended_ns", "output_hash", "pending_hash", "error", "pid", "segment")
 
 
 @contextmanager

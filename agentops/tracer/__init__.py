@@ -9,6 +9,7 @@ The tracer does not read the record: that is the store's part. Importing it does
 from __future__ import annotations
 
 from agentops.tracer.drain import catch_up
+from agentops.tracer.meter import Meter
 from agentops.tracer.payload import to_plain
 from agentops.tracer.recorder import Tracer, open_tracer
 from agentops.tracer.trace import Handle, RunTrace, Span, span, tagged
@@ -16,6 +17,7 @@ from agentops.tracer.wrappers import TracedEngine, TracedRetriever
 
 __all__ = [
     "Handle",
+    "Meter",
     "RunTrace",
     "Span",
     "TracedEngine",

@@ -19,6 +19,7 @@ from agentops.records import PromptVersion
 from agentops.settings import Settings
 from agentops.tracer.drain import Drainer
 from agentops.tracer.journal import Event, Journal
+from agentops.tracer.meter import Meter
 from agentops.tracer.payload import encode
 from agentops.tracer.trace import RunTrace
 
@@ -50,11 +51,12 @@ class Tracer:
         settings: Mapping[str, Any] | None = None,
         resumed: bool = False,
         tags: tuple[str, ...] = (),
+        meter: Meter | None = None,
     ) -> RunTrace:
         """Writes that the run is running, then gives the trace to record it with.
 
         A resumed run keeps what was stored when it began (graph, input, time of start); it gets one more workflow span,
-        whose input is what it was resumed with.
+        whose input is what it was resumed with. `meter` refuses model calls beyond a budget.
 
         Raises:
             JournalFull: the run must not start.
@@ -73,7 +75,7 @@ class Tracer:
             "settings": dict(settings or {}),
             "tags": list(tags),
         }
-        run = RunTrace(self, row)
+        run = RunTrace(self, row, meter)
         run.start(f"{graph} (resumed)" if resumed else graph, input)
         return run
 

@@ -22,7 +22,7 @@ from langchain_core.outputs import LLMResult
 from langgraph.callbacks import GraphCallbackHandler, GraphInterruptEvent, GraphResumeEvent
 from langgraph.types import Send
 
-from agentops.errors import JournalFull
+from agentops.errors import BudgetSpent, JournalFull
 from agentops.records import Usage
 from agentops.tracer.trace import RunTrace, Span
 
@@ -32,13 +32,13 @@ _UNNAMED = "LangGraph"
 
 
 def _safe(method: Callable[P, None]) -> Callable[P, None]:
-    """A failure of ours is counted and swallowed; a journal that cannot be written stops the run."""
+    """A failure of ours is counted and swallowed; a journal that cannot be written or a spent budget stops the run."""
 
     @wraps(method)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             method(*args, **kwargs)
-        except JournalFull:
+        except (JournalFull, BudgetSpent):
             raise
         except Exception:
             self: Any = args[0]
@@ -62,7 +62,7 @@ class Taps(GraphCallbackHandler):
     """The callback handler of one run."""
 
     run_inline = True
-    # LangChain swallows what a handler raises unless this is set; only JournalFull leaves the methods below.
+    # LangChain swallows what a handler raises unless this is set; only JournalFull and BudgetSpent leave the methods below.
     raise_error = True
 
     def __init__(self, run: RunTrace) -> None:
@@ -178,6 +178,7 @@ class Taps(GraphCallbackHandler):
             # The engine beneath it is wrapped and records the call itself.
             run.bind(run_id, parent)
             return
+        run.admit()
         parameters = extra.get("invocation_params") or {}
         name = data.get("ls_model_name") or parameters.get("model") or parameters.get("model_name") or parameters.get("_type")
         kept = {key.removeprefix("ls_"): data[key] for key in ("ls_provider", "ls_temperature", "ls_max_tokens") if key in data}

@@ -32,6 +32,7 @@ from agentops.records import (
     Usage,
 )
 from agentops.tracer.journal import Event
+from agentops.tracer.meter import Meter
 
 if TYPE_CHECKING:
     from agentops.tracer.recorder import Tracer
@@ -153,7 +154,7 @@ def locate() -> tuple[RunTrace, str, UUID | None] | None:
 class RunTrace:
     """One run being recorded. Made by `Tracer.start_run`; all methods may be called from any thread."""
 
-    def __init__(self, tracer: Tracer, row: Event) -> None:
+    def __init__(self, tracer: Tracer, row: Event, meter: Meter | None = None) -> None:
         self.tracer = tracer
         self.run_id: str = row["id"]
         self.thread_id: str = row["thread_id"]
@@ -163,6 +164,7 @@ class RunTrace:
         self._langchain: dict[UUID, str] = {}
         self._listeners: list[Callable[[LiveEvent], None]] = []
         self._usage = Usage()
+        self._meter = meter
         self._emitted = 0
         self._faults = 0
         self._full: JournalFull | None = None
@@ -189,6 +191,15 @@ class RunTrace:
         """Calls back with every step's start and end and every token, in the thread where they happen."""
         self._listeners.append(callback)
 
+    def admit(self) -> None:
+        """To be called before every model call.
+
+        Raises:
+            BudgetSpent: the run may make no more of them.
+        """
+        if self._meter is not None:
+            self._meter.admit(self._usage)
+
     def check(self) -> None:
         """
         Raises:
@@ -211,24 +222,27 @@ class RunTrace:
         self._open[self._root.id] = self._root
         self.tracer.write([*events, self._root.row])
 
-    def end(self, status: RunStatus, output: Any = None, error: BaseException | str | None = None) -> None:
+    def end(self, status: RunStatus, output: Any = None, error: BaseException | str | None = None, pending: Any = None) -> None:
         """Closes the workflow span and whatever is still open under it, and writes how the run ended. Never raises.
+        `pending` is what it waits for.
 
         Where the disk has no room for that, the bare end is written, with `output_left_out` on the workflow span. When not
         even that can be (`check` tells), the run is found as crashed once its process is gone.
         """
         try:
-            self._end(status, output, error)
+            self._end(status, output, error, pending)
         except JournalFull as full:
             self._full = full
         except Exception:
             self.fault()
 
-    def _end(self, status: RunStatus, output: Any, error: BaseException | str | None) -> None:
+    def _end(self, status: RunStatus, output: Any, error: BaseException | str | None, pending: Any) -> None:
         events: list[Event] = []
         row = {**self._row, "status": status, "ended_ns": self.tracer.clock.now_ns(), "segment": self.tracer.journal.segment}
         if output is not None:
             row["output_hash"] = self.tracer.payload(output, events)
+        if pending:
+            row["pending_hash"] = self.tracer.payload(pending, events)
         if error is not None:
             row["error"] = _message(error)
         with self._lock:
@@ -251,6 +265,7 @@ class RunTrace:
         """The run and its workflow span alone, small enough for the space kept back for them."""
         for event in (*root, row):
             event.pop("output_hash", None)
+            event.pop("pending_hash", None)
             if "error" in event:
                 event["error"] = event["error"][:_LAST_WORD_CHARACTERS]
         for event in root:
@@ -317,8 +332,12 @@ class RunTrace:
         """Writes a new span. `started` is (wall, monotonic) nanoseconds when it began before this call.
 
         Raises:
-            JournalFull: the caller must let it stop the run.
+            JournalFull, BudgetSpent: the caller must let it stop the run.
         """
+        if kind == "node" and self._meter is not None:
+            self._meter.check()
+            if not path:
+                self._meter.step(columns.get("step", 0))
         opened = self._make(kind, name, parent, path, started, columns)
         self._guarded(self._begin, opened, input, attributes or {})
         if kind == "node":

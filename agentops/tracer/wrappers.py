@@ -39,6 +39,7 @@ class TracedEngine:
                     yield event
                 return
             run, parent, _ = place
+            run.admit()
             call = _open(run, parent, "generate", request, self._engine.info)
             chunks = 0
             try:
@@ -63,6 +64,7 @@ class TracedEngine:
         if place is None:
             return await self._engine.score(request)
         run, parent, _ = place
+        run.admit()
         call = _open(run, parent, "score", request, self._engine.info)
         try:
             scores = await self._engine.score(request)

@@ -24,7 +24,16 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
 from agentops import Runtime, ScriptedEngine, Settings, load_settings
-from agentops.errors import CollectionNotFound, NodeFailed, RecordError, RunCancelled, RunNotFound, ThreadBusy, UsageError
+from agentops.errors import (
+    BudgetSpent,
+    CollectionNotFound,
+    NodeFailed,
+    RecordError,
+    RunCancelled,
+    RunNotFound,
+    ThreadBusy,
+    UsageError,
+)
 from agentops.records import RunEvent, RunResult, RunStarted, StepEnded, StepStarted
 from agentops.store import RunRow, SpanRow, open_store
 from agentops.tracer import catch_up
@@ -135,8 +144,9 @@ def test_a_node_that_raises_ends_the_run_as_failed_and_it_can_be_resumed(setting
 
 def test_an_endless_graph_is_stopped(settings: Settings) -> None:
     graph = StateGraph(State).add_node("one", one).add_edge(START, "one").add_edge("one", "one")
-    with Runtime(settings) as runtime, pytest.raises(NodeFailed, match="Recursion") as failed:
+    with Runtime(settings) as runtime, pytest.raises(BudgetSpent, match="its 60 steps are spent; reached: 60 steps") as failed:
         runtime.run(graph, {"trail": []})
+    assert failed.value.budget == "steps"
     assert "budget.steps" in failed.value.hint
 
 
@@ -148,7 +158,7 @@ def test_an_interrupt_is_a_pause_and_an_answer_goes_on(settings: Settings) -> No
     with Runtime(settings) as runtime:
         waiting = runtime.run(graph, {"trail": []})
         assert waiting.status == "waiting"
-        assert waiting.interrupts[0].value == "your name?"
+        assert waiting.interrupts[0].question == "your name?"
         assert record(settings, waiting.run_id)[0].status == "waiting"
         with pytest.raises(UsageError, match="waits for an answer"):
             runtime.resume(waiting.run_id, graph=graph)
