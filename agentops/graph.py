@@ -1,31 +1,25 @@
-"""Graphs: finds and loads them, and what their nodes are given to work with.
+"""Graphs: what their nodes are given to work with, and graphs as they are run.
 
-A graph is named as the project's own (`rag`), or as `file.py:attribute`. Loading a user's file gives it a stable private
-module name, so that types it defines mean the same in every process that reads its checkpoints.
+Where a graph is found is the matter of `project`, how it is imported that of `loading`.
 This module does not run graphs and records nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 import json
-import linecache
-import sys
-import traceback
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from agentops.checkpoint import schema_types
 from agentops.choice import Option, choose
 from agentops.engine import Engine, generate
-from agentops.errors import GraphBroken, GraphNotFound, UsageError
+from agentops.errors import UsageError
 from agentops.grounding import Relevance, relevance
+from agentops.loading import compile_graph, import_graph
+from agentops.project import locate, package_graphs
 from agentops.prompts import PromptLibrary
 from agentops.records import (
     Constraint,
@@ -180,7 +174,8 @@ def _call_id(tool: str, arguments: Any) -> str:
 
 @dataclass(frozen=True)
 class LoadedGraph:
-    """A compiled graph and how to find it again: `reference` is `rag`, `/path/file.py:attribute` or `python:NAME`."""
+    """A compiled graph and how to find it again: `reference` is `rag`, `/path/file.py:attribute`,
+    `/path/langgraph.json:name` or `python:NAME`."""
 
     name: str
     reference: str
@@ -229,31 +224,20 @@ class LoadedGraph:
 
 def own_graphs() -> list[str]:
     """Names of the graphs that come with the package."""
-    spec = importlib.util.find_spec("graphs")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    return sorted(file.stem for folder in folders for file in Path(folder).glob("*.py") if not file.stem.startswith("_"))
+    return list(package_graphs())
 
 
-def load_graph(reference: str) -> LoadedGraph:
-    """The graph that `reference` names.
+def load_graph(reference: str, *, recorded: bool = False) -> LoadedGraph:
+    """The graph that `reference` names: one of the current folder or of the package by its name, `path/to/file.py:attribute`,
+    or `path/to/langgraph.json:name`. A reference that is on record (`recorded`) means the same in every folder.
 
     Raises:
         GraphNotFound: no such name, file or attribute.
-        GraphBroken: the file raises when imported; file, line and text of the line are shown.
+        GraphBroken: it raises when imported; file, line and text of the line are shown.
     """
-    if ".py" in reference or "/" in reference:
-        path, _, attribute = reference.partition(":")
-        file = Path(path).expanduser().absolute()
-        if not file.is_file():
-            raise GraphNotFound(f"there is no file {path}", hint="name a graph as path/to/file.py:attribute")
-        return _from_module(_import_file(file), attribute or "graph", file.stem, f"{file}:{attribute or 'graph'}", file.parent)
-    if reference not in own_graphs():
-        raise GraphNotFound(
-            f"no graph is called '{reference}'",
-            hint=f"there are: {', '.join(own_graphs())}; a graph of your own is path/to/file.py:attribute",
-        )
-    module = importlib.import_module(f"graphs.{reference}")
-    return _from_module(module, "graph", reference, reference, Path(str(module.__file__)).parent)
+    target = locate(reference, recorded=recorded)
+    compiled, file = import_graph(target)
+    return LoadedGraph(target.name, target.reference, compiled, PromptLibrary(target.prompts(file)))
 
 
 def adopt_graph(graph: Any, name: str | None = None) -> LoadedGraph:
@@ -262,81 +246,6 @@ def adopt_graph(graph: Any, name: str | None = None) -> LoadedGraph:
     Raises:
         GraphNotFound: it is neither.
     """
-    compiled = _compile(graph, "the object given")
+    compiled = compile_graph(graph, "the object given")
     label = name or getattr(compiled, "name", None) or "graph"
     return LoadedGraph(label, f"python:{label}", compiled, PromptLibrary(None))
-
-
-def _from_module(module: ModuleType, attribute: str, name: str, reference: str, folder: Path) -> LoadedGraph:
-    from langgraph.graph import StateGraph
-    from langgraph.pregel import Pregel
-
-    try:
-        found = getattr(module, attribute)
-    except AttributeError:
-        graphs = [key for key, value in vars(module).items() if isinstance(value, StateGraph | Pregel)]
-        hint = f"it has: {', '.join(graphs)}" if graphs else "the file defines no graph"
-        raise GraphNotFound(f"{reference.rpartition(':')[0] or name} has no '{attribute}'", hint=hint) from None
-    try:
-        if callable(found) and not isinstance(found, StateGraph | Pregel):
-            found = found()
-        compiled = _compile(found, f"'{attribute}'")
-    except GraphNotFound:
-        raise
-    except Exception as error:
-        raise _broken_in(error, Path(str(module.__file__))) from error
-    return LoadedGraph(name, reference, compiled, PromptLibrary(folder / "prompts"))
-
-
-def _compile(graph: Any, what: str) -> Any:
-    from langgraph.graph import StateGraph
-    from langgraph.pregel import Pregel
-
-    if isinstance(graph, StateGraph):
-        return graph.compile()
-    if isinstance(graph, Pregel):
-        return graph
-    raise GraphNotFound(
-        f"{what} is a {type(graph).__name__}, not a LangGraph graph", hint="give a StateGraph or what its compile() returns"
-    )
-
-
-def _import_file(file: Path) -> ModuleType:
-    name = "agentops_graph_" + hashlib.blake2b(str(file).encode(), digest_size=8).hexdigest()
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise GraphNotFound(f"{file} is not a Python file", hint="name a graph as path/to/file.py:attribute")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, str(file.parent))
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        sys.modules.pop(name, None)
-        raise _broken(error, error.filename or str(file), error.lineno) from error
-    except Exception as error:
-        sys.modules.pop(name, None)
-        raise _broken_in(error, file) from error
-    finally:
-        sys.path.remove(str(file.parent))
-    return module
-
-
-def _broken_in(error: Exception, file: Path) -> GraphBroken:
-    """Where in the user's folder an error came from; the library's own frames say nothing to its user."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == file.parent]
-    return _broken(error, frames[-1].filename if frames else str(file), frames[-1].lineno if frames else None)
-
-
-def _broken(error: Exception, file: str, line: int | None) -> GraphBroken:
-    linecache.checkcache(file)
-    text = linecache.getline(file, line).rstrip() if line else ""
-    said = error.msg if isinstance(error, SyntaxError) else str(error)
-    place = f"{file}, line {line}" if line else file
-    shown = f"\n  {line} | {text}" if text else ""
-    return GraphBroken(
-        f"{place}: {type(error).__name__}: {said}{shown}",
-        file=file,
-        line=line,
-        hint="mend that line and run again" if line else "mend the file and run again",
-    )
