@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from agentops.errors import AnswerUnfit
 from agentops.records import Decision, Interrupt
@@ -81,7 +81,8 @@ def fitting(asked: Interrupt, answer: Any) -> Any:
     return answer
 
 
-def _decision(asked: Interrupt, answer: Any) -> Decision:
+def _decision(asked: Interrupt, given: Any) -> Decision:
+    answer = given
     if isinstance(answer, bool):
         answer = Decision("approve" if answer else "reject")
     if isinstance(answer, str):
@@ -94,6 +95,8 @@ def _decision(asked: Interrupt, answer: Any) -> Decision:
         raise _unfit(asked, f"{str(answer)[:80]!r} is no decision")
     if answer.kind != "edit":
         return answer
+    if isinstance(answer.content, str) and not isinstance(asked.content, str):
+        answer = Decision("edit", _parsed(answer.content), answer.reason)
     if asked.schema is not None:
         if wrong := violation(asked.schema, answer.content):
             raise _unfit(asked, f"the edited content does not fit: {wrong}", f"it must fit: {json.dumps(asked.schema)[:400]}")
@@ -119,16 +122,3 @@ def _unfit(asked: Interrupt, what: str, hint: str = "") -> AnswerUnfit:
         f"interrupt {asked.id} ({asked.question[:100]}): {what}",
         hint=hint or "it takes --approve, --edit FILE or --reject",
     )
-
-
-def as_plain(interrupts: tuple[Interrupt, ...]) -> list[dict[str, Any]]:
-    """For the record."""
-    return [asdict(one) for one in interrupts]
-
-
-def from_plain(recorded: Any) -> tuple[Interrupt, ...]:
-    """Interrupts out of the record; what was cut or is damaged there is left out."""
-    names = set(Interrupt.__dataclass_fields__)
-    rows = [row for row in recorded if isinstance(row, dict)] if isinstance(recorded, list) else []
-    kept = [{key: value for key, value in row.items() if key in names} for row in rows]
-    return tuple(Interrupt(**cast("dict[str, Any]", row)) for row in kept if {"id", "kind", "question", "node"} <= set(row))

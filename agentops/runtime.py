@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,7 @@ from agentops.errors import AnswerUnfit, InputTooLarge, RunCancelled, ThreadBusy
 from agentops.execution import Outcome, Standing, execute, pending, standing
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
 from agentops.parts import open_embedder, open_engine, open_index
-from agentops.records import Budget, Interrupt, RunEvent, RunResult, RunStarted
+from agentops.records import Budget, Interrupt, RunEvent, RunResult, RunStarted, content_hash
 from agentops.retrieval import Embedder, Index, collection_not_found
 from agentops.settings import Settings, load_settings
 from agentops.store import RunRow, open_store
@@ -345,8 +346,9 @@ class Runtime:
             raise ThreadBusy(f"run {row.id} is still running", hint="stop it first, or wait for its end")
         return row
 
-    async def _taken_up(self, graph: LoadedGraph, run_id: str, answers: _Answers) -> tuple[Any, Standing]:
-        """What a resumed run is invoked with, and where it stands. Called under the lease, since only then is it sure."""
+    async def _taken_up(self, graph: LoadedGraph, run_id: str, answers: _Answers) -> tuple[Any, Any, Standing]:
+        """What a resumed run is invoked with, what of that is put on record, and where it stands. Called under the lease,
+        since only then is it sure."""
         row = await asyncio.to_thread(self._resumable, run_id)
         at = await standing(graph, self.settings, row.id, row.thread_id)
         if at == "passed":
@@ -356,11 +358,29 @@ class Runtime:
             )
         asked = await pending(graph, self.settings, row.thread_id) if at == "open" else ()
         given = answers.fitted(asked, row.id, waiting=row.status == "waiting")
+        if row.status != "waiting":
+            # Its process died, or it failed, before what was answered was done with.
+            given = {**await asyncio.to_thread(self._answered, row, asked), **given}
         if given:
             from langgraph.types import Command
 
-            return Command(resume=given), at
-        return await asyncio.to_thread(self._payload, row), at
+            kept = {key: {"value": value, "hash": _hash(value)} for key, value in given.items()}
+            return Command(resume=given), {"answers": kept}, at
+        began_with = await asyncio.to_thread(self._payload, row)
+        return began_with, began_with, at
+
+    def _answered(self, row: RunRow, asked: Sequence[Interrupt]) -> dict[str, Any]:
+        """Answers that are on record for interrupts which are still open, whole ones only."""
+        found: dict[str, Any] = {}
+        with open_store(self.settings) as store:
+            for span in store.spans(row.id) if asked else ():
+                said = store.payload(span.input_hash) if span.kind == "workflow" and span.input_hash else None
+                answers = said.get("answers") if isinstance(said, dict) else None
+                for one in asked:
+                    kept = answers.get(one.id) if isinstance(answers, dict) else None
+                    if isinstance(kept, dict) and kept.get("hash") == _hash(kept.get("value")):
+                        found[one.id] = kept["value"]
+        return found
 
     def _find(self, run_id: str) -> RunRow:
         self._tracer.flush()
@@ -394,15 +414,16 @@ class Runtime:
         resumed = isinstance(input, _Answers)
         with lease(self.settings, thread_id):
             at: Standing = "unborn"
+            told = input
             if isinstance(input, _Answers):
-                input, at = await self._taken_up(graph, run_id, input)  # noqa: A001
+                input, told, at = await self._taken_up(graph, run_id, input)  # noqa: A001
             context = await asyncio.to_thread(self._context, graph, details) if graph.uses_context else None
             meter = Meter(budget or Budget(**asdict(self.settings.budget)), self._clock)
             trace = self._tracer.start_run(
                 run_id=run_id,
                 thread_id=thread_id,
                 graph=graph.reference,
-                input=input,
+                input=told,
                 settings=details,
                 resumed=resumed,
                 meter=meter,
@@ -477,6 +498,10 @@ class _Answers:
             raise UsageError(f"run {run_id} waits for an answer", hint=f"see what it asks: agentops inbox {run_id}")
         made = {key: people.fitting(one, answer) for key, (one, answer) in given.items()}
         return {key: answer for key, answer in made.items() if answer is not None}
+
+
+def _hash(value: Any) -> str:
+    return content_hash(json.dumps(value, sort_keys=True, default=repr))
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[RunEvent | None], event: RunEvent) -> None:

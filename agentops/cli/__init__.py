@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 
 import typer
 
@@ -45,9 +46,13 @@ def main() -> None:
         code = error.exit_code
     except SystemExit as ending:
         code = ending.code
-    if code == 130:
-        # A node that blocks its thread cannot be stopped; the interpreter would wait for it, and the user has left.
+    if code == 130 or (code and _blocked()):
+        # A node that blocks its thread cannot be stopped; the interpreter would wait for it, and the run is over.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(130)
     raise SystemExit(code)
+
+
+def _blocked() -> bool:
+    return any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate())

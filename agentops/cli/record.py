@@ -27,6 +27,7 @@ _STATUSES = get_args(RunStatus)
 
 def register(app: typer.Typer) -> None:
     app.command()(runs)
+    app.command()(inbox)
     app.command()(show)
 
 
@@ -54,6 +55,45 @@ def runs(
     _table(found[:limit])
     if more:
         print(f"... and more: --limit {limit * 4}")
+
+
+def inbox(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Show all that one run asks, in full.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """List what runs wait for, oldest first, and how to answer."""
+    from agentops.cli.render import interrupt_lines, moment, one_line
+
+    with _record() as store:
+        waiting = [store.run(run)] if run else store.runs(status="waiting", limit=10_000)[::-1]
+        asked = {row.id: store.pending(row) for row in waiting}
+    if as_json:
+        rows = [
+            {
+                "run": row.id,
+                "thread": row.thread_id,
+                "graph": row.graph,
+                "since_ns": row.ended_ns,
+                "interrupts": [dataclasses.asdict(one) for one in asked[row.id]],
+            }
+            for row in waiting
+            if row.status == "waiting"
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    if run and waiting[0].status != "waiting":
+        print(f"run {waiting[0].id} is {waiting[0].status}; it waits for nobody")
+        return
+    if not waiting:
+        print("no run waits for an answer")
+    for row in waiting:
+        since = moment(row.ended_ns) if row.ended_ns else "-"
+        print(f"run {row.id}  {one_line(row.graph, 60)}  thread {row.thread_id}  waits since {since}")
+        for one in asked[row.id]:
+            print("\n".join(interrupt_lines(row.id, one, several=len(asked[row.id]) > 1, full=bool(run))))
+        if not asked[row.id]:
+            print(f"  what it asks is not on record; answer with: agentops resume {row.id} --answer TEXT")
+        print()
 
 
 def show(

@@ -17,6 +17,7 @@ from agentops.records import Usage
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from agentops.records import Interrupt
     from agentops.store import RunRow, SpanRow
 
 _SEQUENCES = re.compile(
@@ -213,6 +214,19 @@ def _sums(spans: Sequence[SpanRow], children: dict[str | None, list[SpanRow]]) -
         below = sum((sums[child.id] for child in children.get(span.id, [])), Usage())
         sums[span.id] = below + span.usage if span.kind == "generation" else below
     return sums
+
+
+def interrupt_lines(run_id: str, asked: Interrupt, *, several: bool = False, full: bool = True) -> list[str]:
+    """What a run asks a person, cleaned, and the command that answers. `full` shows the whole content."""
+    import json
+
+    lines = [f"⏸ {one_line(asked.question, 200)}  ({asked.kind}, {one_line(asked.node, 60)}, id {asked.id})"]
+    if asked.content is not None:
+        text = asked.content if isinstance(asked.content, str) else json.dumps(asked.content, ensure_ascii=False, indent=2)
+        lines += [f"    {line}" for line in clean(text).split("\n")] if full else [f"    {one_line(text, 100)}"]
+    answer = {"approval": "--approve | --edit FILE | --reject", "question": "--answer TEXT", "pause": "--approve"}[asked.kind]
+    which = f"--id {asked.id[:8]} " if several else ""
+    return [*lines, f"  answer with: agentops resume {run_id} {which}{answer}"]
 
 
 def run_header(run: RunRow) -> list[Text]:

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from agentops.records import RunEvent, RunResult
 
 
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop after so many supersteps.")]
+MaxModelCalls = Annotated[int | None, typer.Option("--max-model-calls", help="Stop after so many model calls.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Stop after so many computed and output tokens.")]
+MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Stop after this time.")]
+
+
 def register(app: typer.Typer) -> None:
     app.command("run")(run)
     app.command("resume")(resume)
@@ -38,6 +44,16 @@ def run(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     trim: Annotated[bool, typer.Option("--trim", help="Cut the oldest part of a prompt that does not fit the context.")] = False,
+    mcp: Annotated[
+        Path | None,
+        typer.Option(help="File with MCP servers (mcp.json) whose tools the graph is given; they ask before they run."),
+    ] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="A tool that runs without asking. Repeat for several.")] = None,
+    deny: Annotated[list[str] | None, typer.Option(help="A tool that never runs. Repeat for several.")] = None,
+    max_steps: MaxSteps = None,
+    max_model_calls: MaxModelCalls = None,
+    max_tokens: MaxTokens = None,
+    max_seconds: MaxSeconds = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer and its sources.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -48,6 +64,13 @@ def run(
         "engine.device": device,
         "run.seed": seed,
         "run.trim": trim or None,
+        "tools.mcp": mcp,
+        "tools.allow": allow,
+        "tools.deny": deny,
+        "budget.steps": max_steps,
+        "budget.model_calls": max_model_calls,
+        "budget.tokens": max_tokens,
+        "budget.seconds": max_seconds,
     }
     with _runtime(flags) as runtime:
         follow(runtime.stream(graph, given, thread=thread, collection=collection), quiet=quiet, as_json=as_json)
@@ -55,15 +78,46 @@ def run(
 
 def resume(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, a unique beginning of it, or 'last'.")],
-    answer: Annotated[str | None, typer.Option("--answer", help="Answer to the question that the run waits for.")] = None,
+    answer: Annotated[
+        str | None, typer.Option("--answer", help="Answer to the question that the run waits for; JSON where it asks for that.")
+    ] = None,
+    approve: Annotated[bool, typer.Option("--approve", help="Approve what is proposed.")] = False,
+    edit: Annotated[
+        Path | None,
+        typer.Option("--edit", help="Approve this instead: a file with the edited text or JSON; '-' for standard input."),
+    ] = None,
+    reject: Annotated[bool, typer.Option("--reject", help="Refuse what is proposed.")] = False,
+    reason: Annotated[str, typer.Option(help="Why it is refused or edited; the model may read it.")] = "",
+    interrupt: Annotated[
+        str | None, typer.Option("--id", help="Which interrupt is answered, where several wait (see: agentops inbox).")
+    ] = None,
+    answers: Annotated[Path | None, typer.Option(help="A JSON file with several answers by the ids of their interrupts.")] = None,
+    max_steps: MaxSteps = None,
+    max_model_calls: MaxModelCalls = None,
+    max_tokens: MaxTokens = None,
+    max_seconds: MaxSeconds = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Another model than the run began with.")] = None,
     trim: Annotated[bool, typer.Option("--trim", help="Cut the oldest part of a prompt that does not fit the context.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer and its sources.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Go on with a run that crashed, failed, was cancelled or waits, from its last checkpoint."""
-    with _runtime({"model.name": model, "run.trim": trim or None}) as runtime:
-        follow(runtime.stream_resume(run_id, answer=answer), quiet=quiet, as_json=as_json)
+    said = _said(answer, approve=approve, edit=edit, reject=reject, reason=reason)
+    by_id = _read_answers(answers) if answers else {}
+    if said is None and interrupt is not None:
+        raise UsageError("--id says which interrupt is answered, and no answer is given", hint="add --approve, --edit, ...")
+    if said is not None and interrupt is not None:
+        by_id, said = {**by_id, interrupt: said}, None
+    flags = {
+        "model.name": model,
+        "run.trim": trim or None,
+        "budget.steps": max_steps,
+        "budget.model_calls": max_model_calls,
+        "budget.tokens": max_tokens,
+        "budget.seconds": max_seconds,
+    }
+    with _runtime(flags) as runtime:
+        follow(runtime.stream_resume(run_id, answer=said, answers=by_id), quiet=quiet, as_json=as_json)
 
 
 def graphs(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
@@ -83,6 +137,43 @@ def graphs(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON li
         return
     for entry in found:
         print(f"{entry['name']:12} {entry['about']}")
+
+
+def _said(answer: str | None, *, approve: bool, edit: Path | None, reject: bool, reason: str) -> Any:
+    """What a person says with the options of `resume`; None when nothing is said."""
+    from agentops.records import Decision
+
+    if sum((answer is not None, approve, edit is not None, reject)) > 1:
+        raise UsageError(
+            "give one of --answer, --approve, --edit and --reject", hint="for several interrupts use --id or --answers"
+        )
+    if reason and not (reject or edit):
+        raise UsageError("--reason says why something is refused or edited", hint="use it with --reject or --edit")
+    if approve:
+        return Decision("approve")
+    if reject:
+        return Decision("reject", reason=reason)
+    if edit is not None:
+        return Decision("edit", _read_text(edit), reason)
+    if answer is not None and answer.lstrip().startswith(("{", "[")):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(answer)
+    return answer
+
+
+def _read_answers(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is no JSON: {error}", hint='it holds answers by id: {"ID": {"kind": "approve"}}') from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{file} holds no JSON object", hint='it holds answers by id: {"ID": {"kind": "approve"}}')
+    return found
+
+
+def _read_text(file: Path) -> str:
+    text = _read_input("-", None) if str(file) == "-" else _read_input(None, file)
+    return text.removesuffix("\n")
 
 
 def _read_input(text: str | None, file: Path | None) -> str:
@@ -185,8 +276,10 @@ def _print_result(result: RunResult, *, quiet: bool) -> None:
     if not quiet:
         print(file=sys.stderr)
     if result.status == "waiting":
-        for question in result.interrupts:
-            print(clean(f"waiting for an answer: {getattr(question, 'value', question)}"))
+        from agentops.cli.render import interrupt_lines
+
+        for asked in result.interrupts:
+            print("\n".join(interrupt_lines(result.run_id, asked, several=len(result.interrupts) > 1)))
     elif result.status == "done":
         print(clean(_answer(output)))
         sources = output["sources"] if isinstance(output.get("sources"), list) else []

@@ -16,7 +16,7 @@ import zstandard
 from sqlalchemy import Row, Select, func, select, tuple_, union
 
 from agentops.errors import RecordError, RunNotFound
-from agentops.records import PromptVersion, RunStatus, Timing, Usage
+from agentops.records import Interrupt, PromptVersion, RunStatus, Timing, Usage
 from agentops.settings import Settings
 from agentops.store.opening import database_path, ensure, reading_engine, translated
 from agentops.store.rows import Balance, RunRow, SpanRow, ThreadRow
@@ -141,14 +141,15 @@ class Store:
                     found[run.id] = self.payload(run.input_hash)
         return found
 
-    def pending(self, run: RunRow) -> list[dict[str, Any]]:
-        """What a waiting run asks for, as fields of `records.Interrupt`.
+    def pending(self, run: RunRow) -> tuple[Interrupt, ...]:
+        """What a waiting run asks for; what was cut in the record for its size is left out.
 
         Raises:
             RecordError: it is damaged.
         """
         asked = self.payload(run.pending_hash) if run.status == "waiting" and run.pending_hash else []
-        return [one for one in asked if isinstance(one, dict)] if isinstance(asked, list) else []
+        whole = [one for one in asked if isinstance(one, dict) and set(one) == _INTERRUPT] if isinstance(asked, list) else []
+        return tuple(Interrupt(**one) for one in whole)
 
     def thread(self, thread_id: str) -> ThreadRow:
         """
@@ -215,4 +216,5 @@ def _picked(names: Sequence[str], row: Row[Any]) -> dict[str, Any]:
 
 
 _RUN = [spec.name for spec in fields(RunRow) if spec.name not in ("usage", "tags")]
+_INTERRUPT = {spec.name for spec in fields(Interrupt)}
 _SPAN = [spec.name for spec in fields(SpanRow) if spec.name not in ("usage", "timing")]
