@@ -137,7 +137,11 @@ async def _invoke(
                 raise
             spent = "seconds"
         except GraphRecursionError:
-            spent = "steps"
+            # LangGraph counts before it looks whether there is anything left to do.
+            if (await compiled.aget_state(config)).next:
+                spent = "steps"
+            else:
+                output = await compiled.ainvoke(None, config, context=cast(Any, context), durability="sync")
         except BudgetSpent:
             reached.values = (await compiled.aget_state(config)).values
             raise

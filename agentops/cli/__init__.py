@@ -10,12 +10,11 @@ from __future__ import annotations
 import io
 import os
 import sys
-import threading
 
 import typer
 
 from agentops.cli import demo, documents, house, models, record, run
-from agentops.errors import AgentOpsError
+from agentops.errors import AgentOpsError, BudgetSpent
 
 app = typer.Typer(
     name="agentops",
@@ -35,6 +34,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # What users and models write need not be valid Unicode, nor need the terminal's encoding hold it.
             stream.reconfigure(errors="backslashreplace")
+    left_behind = False
     try:
         code = app()
     except AgentOpsError as error:
@@ -43,16 +43,12 @@ def main() -> None:
         print(clean(f"error: {error}"), file=sys.stderr)
         if error.hint:
             print(clean(f" hint: {error.hint}"), file=sys.stderr)
-        code = error.exit_code
+        code, left_behind = error.exit_code, isinstance(error, BudgetSpent)
     except SystemExit as ending:
         code = ending.code
-    if code == 130 or (code and _blocked()):
+    if left_behind or code == 130:
         # A node that blocks its thread cannot be stopped; the interpreter would wait for it, and the run is over.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(130)
+        os._exit(int(code or 0))
     raise SystemExit(code)
-
-
-def _blocked() -> bool:
-    return any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate())

@@ -1,0 +1,214 @@
+"""Budgets: what ends a run that would not end by itself, what is said of it, and how it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import operator
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import pytest
+from langchain_core.language_models import FakeListChatModel
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import Runtime as Given
+
+from agentops import Context, Runtime, ScriptedEngine, Settings
+from agentops.engine import generate
+from agentops.errors import BudgetSpent
+from agentops.records import Budget, Message, Request, RunResult
+from agentops.retrieval.embed import HashEmbedder
+from agentops.store import RunRow, open_store
+from agentops.tracer import catch_up
+
+PLENTY = Budget(steps=60, model_calls=100, tokens=100_000, seconds=60.0)
+
+
+class State(TypedDict, total=False):
+    trail: Annotated[list[str], operator.add]
+
+
+def row(settings: Settings, run_id: str) -> RunRow:
+    catch_up(settings)
+    with open_store(settings) as store:
+        return store.run(run_id)
+
+
+def forever(node: Callable[..., Any]) -> StateGraph[Any, Any, Any, Any]:
+    return StateGraph(State, context_schema=Context).add_node("work", node).add_edge(START, "work").add_edge("work", "work")
+
+
+async def ask(state: State, runtime: Given[Context]) -> State:
+    made = await generate(runtime.context.engine, Request(messages=(Message("user", "one two three"),), max_tokens=8))
+    return {"trail": [made.text]}
+
+
+@pytest.fixture
+def runtime(settings: Settings) -> Any:
+    engine = ScriptedEngine(lambda request: "yes it is")
+    with Runtime(settings, engine=engine, embedder=HashEmbedder()) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("budget", "spent", "said", "steps"),
+    [
+        (replace(PLENTY, steps=5), "steps", "its 5 steps are spent; reached: 5 steps, 5 model calls", 5),
+        (replace(PLENTY, model_calls=4), "model_calls", "its 4 model calls are spent; reached: 5 steps, 4 model calls", 4),
+        (replace(PLENTY, tokens=20), "tokens", "its 20 tokens are spent", 5),
+    ],
+)
+def test_a_loop_that_never_ends_is_ended(
+    runtime: Runtime, settings: Settings, budget: Budget, spent: str, said: str, steps: int
+) -> None:
+    events: deque[Any] = deque(maxlen=1)
+    with pytest.raises(BudgetSpent, match=said) as stopped:
+        events.extend(runtime.stream(forever(ask), {"trail": []}, budget=budget))
+    assert stopped.value.budget == spent
+    assert f"--max-{spent.replace('_', '-')}" in stopped.value.hint
+    (result,) = events
+    assert isinstance(result, RunResult)
+    assert result.status == "failed"
+    assert result.output == {"trail": ["yes it is"] * steps}, "what was reached"
+    recorded = row(settings, result.run_id)
+    assert recorded.status == "failed"
+    assert "spent" in str(recorded.error)
+    with open_store(settings) as store:
+        assert store.payload(str(recorded.output_hash)) == result.output
+        assert store.balance(result.run_id).balanced
+
+
+def test_a_stopped_run_goes_on_with_a_new_budget_where_it_was(runtime: Runtime, settings: Settings) -> None:
+    graph = forever(ask)
+    with pytest.raises(BudgetSpent):
+        runtime.run(graph, {"trail": []}, budget=replace(PLENTY, model_calls=2), thread="t")
+    run = runtime._find("last")
+    with pytest.raises(BudgetSpent, match="its 3 model calls"):
+        runtime.resume(run.id, graph=graph, budget=replace(PLENTY, model_calls=3))
+    with open_store(settings) as store:
+        output = store.payload(str(row(settings, run.id).output_hash))
+    assert output == {"trail": ["yes it is"] * 5}
+
+
+def test_time_ends_nodes_that_wait_and_nodes_that_block_a_thread(runtime: Runtime) -> None:
+    async def wait(state: State) -> State:
+        await asyncio.sleep(60)
+        return {}
+
+    release = threading.Event()
+
+    def block(state: State) -> State:
+        release.wait(60)
+        return {}
+
+    for node in (wait, block):
+        begun = time.monotonic()
+        with pytest.raises(BudgetSpent, match=r"its 0\.3 seconds are spent"):
+            runtime.run(forever(node), {"trail": []}, budget=replace(PLENTY, seconds=0.3))
+        assert time.monotonic() - begun < 10
+    release.set()
+
+
+def test_a_time_out_of_the_graphs_own_is_not_taken_for_ours(runtime: Runtime) -> None:
+    async def own(state: State) -> State:
+        async with asyncio.timeout(0.01):
+            await asyncio.sleep(60)
+        return {}
+
+    with pytest.raises(Exception, match="TimeoutError") as failed:
+        runtime.run(forever(own), {"trail": []}, budget=PLENTY)
+    assert not isinstance(failed.value, BudgetSpent)
+
+
+def test_a_node_that_swallows_the_refusal_goes_no_further(runtime: Runtime) -> None:
+    swallowed = 0
+
+    async def stubborn(state: State, runtime: Given[Context]) -> State:
+        nonlocal swallowed
+        try:
+            return await ask(state, runtime)
+        except Exception:
+            swallowed += 1
+            return {"trail": ["swallowed"]}
+
+    with pytest.raises(BudgetSpent, match="2 model calls"):
+        runtime.run(forever(stubborn), {"trail": []}, budget=replace(PLENTY, model_calls=2))
+    assert swallowed == 1
+
+
+def test_calls_side_by_side_are_counted_one_by_one(runtime: Runtime) -> None:
+    refused = 0
+
+    async def many(state: State, runtime: Given[Context]) -> State:
+        nonlocal refused
+        ends = await asyncio.gather(*(ask(state, runtime) for _ in range(20)), return_exceptions=True)
+        refused += sum(isinstance(end, BudgetSpent) for end in ends)
+        return {"trail": [end["trail"][0] for end in ends if isinstance(end, dict)]}
+
+    with pytest.raises(BudgetSpent):
+        runtime.run(forever(many), {"trail": []}, budget=replace(PLENTY, model_calls=7))
+    assert refused == 13
+
+
+def test_models_that_are_not_ours_count_too(settings: Settings) -> None:
+    model = FakeListChatModel(responses=["a"])
+
+    async def chat(state: State) -> State:
+        return {"trail": [str((await model.ainvoke("hi")).content)]}
+
+    graph = StateGraph(State).add_node("chat", chat).add_edge(START, "chat").add_edge("chat", "chat")
+    with Runtime(settings) as runtime, pytest.raises(BudgetSpent, match="its 3 model calls"):
+        runtime.run(graph, {"trail": []}, budget=replace(PLENTY, model_calls=3))
+
+
+def test_a_run_within_its_budget_is_not_touched(runtime: Runtime) -> None:
+    graph = StateGraph(State, context_schema=Context).add_node("work", ask).add_edge(START, "work").add_edge("work", END)
+    assert runtime.run(graph, {"trail": []}, budget=Budget(1, 1, 1, 60.0)).status == "done"
+
+
+ENDLESS = """
+from typing import TypedDict
+from langgraph.graph import START, StateGraph
+
+class State(TypedDict):
+    n: int
+
+def work(state):
+    return {"n": state["n"] + 1}
+
+def block(state):
+    import time
+    time.sleep(600)
+
+graph = StateGraph(State).add_node(work).add_edge(START, "work").add_edge("work", "work")
+blocked = StateGraph(State).add_node(block).add_edge(START, "block")
+"""
+
+
+@pytest.mark.parametrize(
+    ("graph", "flags", "said"),
+    [
+        ("graph", ["--max-steps", "7"], "its 7 steps are spent"),
+        ("blocked", ["--max-seconds", "0.5"], "its 0.5 seconds are spent"),
+    ],
+)
+def test_the_command_line_says_what_was_spent_and_ends_at_once(
+    environment: dict[str, str], tmp_path: Path, graph: str, flags: list[str], said: str
+) -> None:
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    command = [sys.executable, "-m", "agentops", "run", f"endless.py:{graph}", '{"n": 0}', "--json", *flags]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["status"] == "failed"
+    if graph == "graph":
+        assert printed["output"] == {"n": 7}
