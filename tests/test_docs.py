@@ -190,13 +190,13 @@ def test_every_option_is_documented_under_its_verb() -> None:
 
 def test_the_table_of_settings_is_that_of_the_code() -> None:
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    rows = re.findall(r"(?m)^\| `([a-z_.]+)` \| `(.*?)` \| (.+) \|$", page)
+    rows = re.findall(r"(?m)^\| `([a-z_.]+)` \| (?:`(.*?)`)? ?\| (.+) \|$", page)
     assert [key for key, _, _ in rows] == list(describe())
     for key, shown, about in rows:
         value = Settings().get(key)
         assert about == describe()[key]
         if not isinstance(value, Path):
-            assert shown == (str(value).lower() if isinstance(value, bool) else str(value)), key
+            assert shown == (str(value).lower() if isinstance(value, bool) else str(value or "" if value != 0 else value)), key
 
 
 def test_everything_in_the_readmes_tree_exists() -> None:

@@ -45,14 +45,16 @@ def runs(
     with _record() as store:
         wanted = _reference(graph) if graph else None
         found = store.runs(status=status, graph=wanted, thread=thread, since_ns=_since(since), limit=limit + 1)  # type: ignore[arg-type]
+        asked = store.inputs(found[:limit])
     more = len(found) > limit
     if as_json:
-        print(json.dumps([dataclasses.asdict(run) for run in found[:limit]], indent=2))
+        rows = [{**dataclasses.asdict(run), "input": asked.get(run.id)} for run in found[:limit]]
+        print(json.dumps(rows, indent=2))
         return
     if not found:
         print("no runs" if any((status, graph, thread, since)) else 'no runs yet; start with: agentops run rag "a question"')
         return
-    _table(found[:limit])
+    _table(found[:limit], {run_id: asked_text(given) for run_id, given in asked.items()})
     if more:
         print(f"... and more: --limit {limit * 4}")
 
@@ -160,7 +162,18 @@ def _reference(graph: str) -> str:
     return f"{Path(path).expanduser().absolute()}:{attribute or 'graph'}"
 
 
-def _table(rows: list[RunRow]) -> None:
+def asked_text(given: Any) -> str:
+    """What a run was started with, in one line: its only text where it has one."""
+    if isinstance(given, dict):
+        messages = given.get("messages")
+        if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+            return str(messages[-1].get("content", ""))
+        if len(texts := [value for value in given.values() if isinstance(value, str)]) == 1:
+            return str(texts[0])
+    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+
+
+def _table(rows: list[RunRow], asked: dict[str, str]) -> None:
     from rich.text import Text
 
     from agentops.cli.render import STATUS_COLOURS, duration, moment, one_line, tokens
@@ -174,13 +187,14 @@ def _table(rows: list[RunRow]) -> None:
     graph_cells = max(5, *(len(row[5]) for row in cells))
     id_cells = max(len(row[0]) for row in cells)
     head = f"{'run':{id_cells}}  {'status':9}  {'started':19}  {'time':>9}  {'in/cached/out':>16}"
-    console.print(Text(head + (f"  {'graph':{graph_cells}}  thread" if wide else "  graph"), style="dim"))
+    room = console.width - len(head) - graph_cells - 4
+    console.print(Text(head + (f"  {'graph':{graph_cells}}  asked" if wide else "  graph"), style="dim"))
     for run_id, status, started, took, used, graph, run in cells:
         line = Text(f"{run_id:{id_cells}}  ")
         line.append(f"{status:9}", style=STATUS_COLOURS.get(status, ""))
         line.append(f"  {started}  {took:>9}  {used:>16}  {graph:{graph_cells}}")
         if wide:
-            line.append(f"  {one_line(run.thread_id, 40)}", style="dim")
+            line.append(f"  {one_line(asked.get(run.id, ''), room)}", style="dim")
         line.rstrip()
         console.print(line)
 

@@ -118,7 +118,7 @@ def test_an_empty_record_says_how_to_begin(cli: Cli) -> None:
 @pytest.mark.usefixtures("recorded")
 def test_runs_are_listed_and_filtered(cli: Cli) -> None:
     lines = cli("runs").stdout.splitlines()
-    assert lines[0].split() == ["run", "status", "started", "time", "in/cached/out", "graph", "thread"]
+    assert lines[0].split() == ["run", "status", "started", "time", "in/cached/out", "graph", "asked"]
     assert [line.split()[:2] for line in lines[1:]] == [["run_2", "failed"], ["run_1", "done"]]
     for arguments, expected in (
         (["--status", "failed"], ["run_2"]),
