@@ -108,6 +108,8 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a run: a tree of its steps with tokens, times and a waterfall; or one of its spans."""
+    from agentops.cli.render import interrupt_lines
+
     with _record() as store:
         row = store.run(run)
         spans = store.spans(row.id)
@@ -119,6 +121,9 @@ def show(
         console = _console()
         if span is None:
             _print_run(console, store, row, spans)
+            pending = store.pending(row)
+            for asked in pending:
+                print("\n".join(interrupt_lines(row.id, asked, several=len(pending) > 1)))
         for one in {one.id: one for one in chosen}.values():
             _print_span(console, store, one, spans.index(one) + 1)
 

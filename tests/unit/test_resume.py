@@ -103,7 +103,9 @@ def test_each_of_several_interrupts_is_answered_by_its_id_in_other_processes(con
     assert listed["interrupts"][0]["content"] == "Dear Ada"
     shown = console("inbox", run)
     assert "    Dear Ada\n" in shown
-    assert f"agentops resume {run} --id {ids['send to Bob?'][:8]} --approve | --edit FILE | --reject" in shown
+    answer = f"agentops resume {run} --id {ids['send to Bob?'][:8]} --approve | --edit FILE | --reject"
+    assert answer in shown
+    assert answer in console("show", run)
 
     said = console("resume", run, "--approve", fails=2)
     assert "waits for 3 answers" in said
