@@ -142,20 +142,20 @@ class Context:
             return await choose(self.engine, self.embedder, request, options, lambda text: chosen.render(text=text))
 
     async def propose(self, prompt: str, toolbox: Toolbox, tool: str, /, *, max_tokens: int = 256, **values: Any) -> ToolCall:
-        """A call of `tool` with arguments that the model writes, held to the tool's schema while it does.
+        """A call of `tool` with arguments that the model writes, held to the tool's schema while it does: they fit it, and are
+        not cut at `max_tokens`.
 
         A call that is kept in the state has the same id when the run is taken up again.
 
         Raises:
-            ToolError: no such tool.  PromptError, EngineError
+            ToolError: no such tool, its schema cannot be held to, or not within so many tokens; or the engine does not hold
+                the model to it.  PromptError, EngineError
         """
-        schema = toolbox.schema(tool)
-        made = await self.ask(prompt, max_tokens=max_tokens, schema=schema, **values) if schema.get("properties") else None
-        try:
-            arguments = json.loads(made.text) if made else {}
-        except ValueError:
-            # Cut at max_tokens; performing it says what is missing.
-            arguments = {}
+
+        async def ask(form: dict[str, Any]) -> Generation:
+            return await self.ask(prompt, max_tokens=max_tokens, schema=form, **values)
+
+        arguments = await toolbox.write(tool, ask, max_tokens=max_tokens)
         return ToolCall(tool, arguments, _call_id(tool, arguments))
 
     async def perform(self, toolbox: Toolbox, call: ToolCall) -> ToolResult:

@@ -62,6 +62,15 @@ def compile_constraint(constraint: Constraint, tokenizer: LLTokenizer) -> Gramma
     return Grammar(matcher, tokenizer.vocab_size)
 
 
+def check_constraint(constraint: Constraint) -> None:
+    """
+    Raises:
+        ConstraintInvalid: it cannot be compiled, whatever the tokenizer is.
+    """
+    if error := LLMatcher.validate_grammar(_grammar(constraint)):
+        raise _invalid(error)
+
+
 def _grammar(constraint: Constraint) -> str:
     value = constraint.value
     try:

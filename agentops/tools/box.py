@@ -1,36 +1,39 @@
-"""The toolbox of a graph: offers tools and runs calls, whatever comes of them.
+"""The toolbox of a graph: offers tools, has arguments written for them, and runs calls, whatever comes of them.
 
 A call never raises for what a tool does wrong; it does for what ends a run (a full disk, a spent budget) or makes it wait.
+Which tool to call is not decided here.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from langchain_core.tools import BaseTool
 from langgraph.errors import GraphBubbleUp
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from agentops import people
 from agentops.errors import BudgetSpent, JournalFull, ToolError
 from agentops.records import Effect, Policy, ToolCall, ToolResult, ToolStatus
 from agentops.schema import violation
 from agentops.settings import ToolSettings
-from agentops.tools.declare import effect_of, tool
+from agentops.tools import arguments
+from agentops.tools.declare import effect_of, refuse_unfillable, schema_of, tool
+from agentops.tools.running import run, said
 from agentops.tracer import span
 
 _BY_EFFECT: dict[Effect, Policy] = {"none": "allow", "read": "allow", "write": "ask"}
 
 
 class Toolbox:
-    """Tools by name. `policy` overrules what follows from a tool's effect (write: ask, else allow).
+    """Tools by name: functions, what `tool` made of them, or any LangChain tool. `policy` overrules what follows from a
+    tool's effect (write: ask, else allow).
 
     Raises:
-        ToolError: two tools of one name, or a policy for a tool that is not there.
+        ToolError: two tools of one name, one whose arguments cannot be given, or a policy for a tool that is not there.
     """
 
     def __init__(
@@ -41,10 +44,15 @@ class Toolbox:
             one = given if isinstance(given, BaseTool) else tool(given)
             if one.name in self._tools:
                 raise ToolError(f"two tools are called '{one.name}'", hint="name one otherwise: @tool(name=...)")
+            refuse_unfillable(one)
             self._tools[one.name] = one
         self._policy = dict(policy or {})
-        if unknown := sorted(set(self._policy) - set(self._tools)):
-            raise ToolError(f"there is a policy for '{unknown[0]}', which is no tool here", hint=self._known())
+        for name, word in self._policy.items():
+            if name not in self._tools:
+                raise ToolError(f"there is a policy for '{name}', which is no tool here", hint=self._known())
+            if word not in get_args(Policy):
+                raise ToolError(f"'{word}' is no policy for '{name}'", hint="allow, ask or deny")
+        self._schemas: dict[str, dict[str, Any]] = {}
 
     def __iter__(self) -> Iterator[BaseTool]:
         return iter(self._tools.values())
@@ -55,7 +63,7 @@ class Toolbox:
     def __contains__(self, name: object) -> bool:
         return name in self._tools
 
-    def joined(self, others: Iterable[BaseTool]) -> Toolbox:
+    def joined(self, others: Iterable[BaseTool | Callable[..., Any]]) -> Toolbox:
         """This box with other tools beside.
 
         Raises:
@@ -71,82 +79,115 @@ class Toolbox:
         """JSON schema of a tool's arguments; those that are put in for the model are not among them.
 
         Raises:
+            ToolError: no such tool, or one whose arguments have no schema.
+        """
+        if name not in self._tools:
+            raise ToolError(f"there is no tool '{name}'", hint=self._known())
+        if name not in self._schemas:
+            self._schemas[name] = schema_of(self._tools[name])
+        return self._schemas[name]
+
+    def parameters(self, name: str) -> str:
+        """A tool's arguments for a model to read, one a line: name, type, whether it may be left out, what it is.
+
+        Raises:
+            ToolError: no such tool.
+        """
+        return arguments.described(self.schema(name))
+
+    async def write(self, name: str, ask: arguments.Ask, *, max_tokens: int = 256) -> dict[str, Any]:
+        """Arguments for a tool, as a model writes them that `ask` asks under the schema it is given. They fit.
+
+        Raises:
+            ToolError: no such tool, no grammar can hold a model to its schema, or not within so many tokens; or the model
+                is not held to the grammar, and wrote what does not fit twice.
+        """
+        return await arguments.write(name, self.schema(name), max_tokens, ask, lambda made: self.misfit(name, made))
+
+    def misfit(self, name: str, given: Any) -> str:
+        """What keeps arguments from fitting a tool, in one line; nothing where they fit."""
+        if wrong := violation(self.schema(name), given):
+            return wrong
+        model = self._tools[name].tool_call_schema
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            try:
+                model.model_validate(deepcopy(given))
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(str(part) for part in first["loc"])
+                return f"{place}: {first['msg']}" if place else str(first["msg"])
+        return ""
+
+    def policy(self, name: str, settings: ToolSettings | None = None) -> Policy:
+        """What happens when the tool is called: the operator's word (`tools.deny`, else `.ask`, else `.allow`), else the
+        graph's, else what follows from its effect. A graph's own "deny" stands whatever the operator allows.
+
+        Raises:
             ToolError: no such tool.
         """
         if name not in self._tools:
             raise ToolError(f"there is no tool '{name}'", hint=self._known())
-        given = self._tools[name].tool_call_schema
-        made = given if isinstance(given, dict) else given.model_json_schema() if issubclass(given, BaseModel) else given.schema()
-        about = {key: value for key, value in made.items() if key not in ("title", "description")}
-        return {"additionalProperties": False, **about, "type": "object"}
-
-    def policy(self, name: str, settings: ToolSettings | None = None) -> Policy:
-        """What happens when the tool is called: the operator's word (`tools.deny`, `.ask`, `.allow`), else the graph's, else
-        what follows from its effect. A graph's own "deny" stands whatever the operator allows."""
         own = self._policy.get(name) or _BY_EFFECT[effect_of(self._tools[name])]
         if settings is None or own == "deny":
             return own
-        said = [word for word in ("deny", "ask", "allow") if name in getattr(settings, word)]
-        return said[0] if said else own  # type: ignore[return-value]
+        words: tuple[Policy, ...] = ("deny", "ask", "allow")
+        return next((word for word in words if name in getattr(settings, word)), own)
 
     async def perform(self, call: ToolCall, settings: ToolSettings | None = None) -> ToolResult:
-        """Runs a call under the policy and says what came of it. Call it from a node; where a person has to be asked, the run
-        waits, and the node runs again when there is an answer."""
+        """Runs a call under the policy and says what came of it; the record has one span of it. Call it from a node; where a
+        person has to be asked, the run waits, and the node runs again from its beginning when there is an answer. Calls
+        that may have to wait are performed one after another, or answers would reach the wrong one."""
         limits = settings or ToolSettings()
         if call.name not in self._tools:
             return _left(call, "failed", f"there is no tool '{call.name}'; {self._known()}")
-        if wrong := violation(self.schema(call.name), call.arguments):
-            return _left(call, "failed", f"the arguments of {call.name} are off: {wrong}")
-        policy, decided = self.policy(call.name, settings), ""
+        one = self._tools[call.name]
+        about: dict[str, Any] = {"effect": effect_of(one), "policy": (policy := self.policy(call.name, settings))}
         if policy == "deny":
-            return _left(call, "denied", f"{call.name} may not be used")
+            return _left(call, "denied", f"{call.name} may not be used", **about)
+        if wrong := self.misfit(call.name, call.arguments):
+            return _left(call, "failed", f"the arguments of {call.name} are off: {wrong}", **about)
         if policy == "ask":
             decision = people.approve(f"run the tool {call.name}?", call.arguments, schema=self.schema(call.name))
-            decided = decision.kind
+            about["decision"] = decision.kind
             if decision.kind == "reject":
                 because = f": {decision.reason}" if decision.reason else ""
-                return _left(call, "refused", f"a person refused to run {call.name}{because}")
-            call = replace(call, arguments=decision.content)
+                return _left(call, "refused", f"a person refused to run {call.name}{because}", **about)
+            if decision.kind == "edit":
+                call = replace(call, arguments=decision.content)
+                if wrong := self.misfit(call.name, call.arguments):
+                    return _left(call, "failed", f"the arguments of {call.name}, as edited, are off: {wrong}", **about)
         try:
             with span("tool", call.name, call.arguments) as handle:
-                handle.set(call=call.id, effect=effect_of(self._tools[call.name]), policy=policy)
-                if decided:
-                    handle.set(decision=decided)
-                text = await self._run(call, limits)
+                handle.set(call=call.id, **about)
+                try:
+                    text = await run(one, call, limits)
+                except GraphBubbleUp:
+                    raise
+                except Exception:
+                    handle.set(status="failed")
+                    raise
+                handle.set(status="ok")
                 handle.output = text
         except (GraphBubbleUp, JournalFull, BudgetSpent):
             raise
-        except TimeoutError:
-            return ToolResult(call, "failed", f"{call.name} took longer than {limits.timeout_s:g} s and was given up")
-        except (Exception, SystemExit) as error:
-            return ToolResult(call, "failed", f"{call.name} failed: {type(error).__name__}: {_cut(str(error), 1000)}")
+        except ToolError as error:
+            return ToolResult(call, "failed", f"{call.name} failed: {error}")
+        except Exception as error:
+            return ToolResult(call, "failed", f"{call.name} failed: {said(error)}")
         return ToolResult(call, "ok", text)
-
-    async def _run(self, call: ToolCall, limits: ToolSettings) -> str:
-        asked = {"name": call.name, "args": call.arguments, "id": call.id, "type": "tool_call"}
-        async with asyncio.timeout(limits.timeout_s):
-            # The span around this is the tool's; the tracer opens none of its own for calls that carry the mark.
-            message = await self._tools[call.name].ainvoke(asked, {"metadata": {"agentops_tool": call.id}})
-        return _cut(_as_text(getattr(message, "content", message)), limits.result_bytes)
 
     def _known(self) -> str:
         return f"there are: {', '.join(self._tools)}" if self._tools else "there are none"
 
 
-def _left(call: ToolCall, status: ToolStatus, said: str) -> ToolResult:
-    """A call that was not run is on record too."""
-    with span("tool", call.name, call.arguments) as handle:
-        handle.set(call=call.id, status=status)
-        handle.output = said
-    return ToolResult(call, status, said)
-
-
-def _as_text(content: Any) -> str:
-    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-
-
-def _cut(text: str, limit_bytes: int) -> str:
-    raw = text.encode(errors="replace")
-    if len(raw) <= limit_bytes:
-        return text
-    return raw[:limit_bytes].decode(errors="ignore") + f" [... {len(raw) - limit_bytes:,} more bytes were left out]"
+def _left(call: ToolCall, status: ToolStatus, why: str, **about: Any) -> ToolResult:
+    """A call that was not run is on record too; where that is a failure, its span says so."""
+    try:
+        with span("tool", call.name, call.arguments) as handle:
+            handle.set(call=call.id, status=status, **about)
+            if status == "failed":
+                raise ToolError(why)
+            handle.output = why
+    except ToolError:
+        pass
+    return ToolResult(call, status, why)
