@@ -19,7 +19,7 @@ from agentops.engine import Engine, generate
 from agentops.errors import UsageError
 from agentops.grounding import Relevance, relevance
 from agentops.loading import compile_graph, import_graph
-from agentops.project import locate, package_graphs
+from agentops.project import locate
 from agentops.prompts import PromptLibrary
 from agentops.records import (
     Constraint,
@@ -220,11 +220,6 @@ class LoadedGraph:
         raise UsageError(
             f"graph '{self.name}' takes no plain text", hint=f"give a JSON object as input; the graph's fields are: {fields}"
         )
-
-
-def own_graphs() -> list[str]:
-    """Names of the graphs that come with the package."""
-    return list(package_graphs())
 
 
 def load_graph(reference: str, *, recorded: bool = False) -> LoadedGraph:

@@ -324,7 +324,7 @@ class Runtime:
             raise UsageError(
                 f"run {row.id} is of a graph object made in Python", hint="resume it there: runtime.resume(run, graph=graph)"
             )
-        loaded = self._load(graph if graph is not None else row.graph)
+        loaded = self._load(graph) if graph is not None else load_graph(row.graph, recorded=True)
         details = self._details(row.settings, {})
         async with contextlib.aclosing(self._go(loaded, answers, row.id, row.thread_id, details, budget)) as events:
             async for event in events:

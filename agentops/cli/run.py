@@ -1,4 +1,4 @@
-"""`agentops run`, `resume` and `graphs`: starts graphs and shows them at work."""
+"""`agentops run` and `resume`: starts graphs and shows them at work."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agentops.cli.graph import names
 from agentops.errors import RunCancelled, UsageError
 
 if TYPE_CHECKING:
@@ -27,11 +28,12 @@ MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Stop af
 def register(app: typer.Typer) -> None:
     app.command("run")(run)
     app.command("resume")(resume)
-    app.command("graphs")(graphs)
 
 
 def run(
-    graph: Annotated[str, typer.Argument(help="A graph's name (see: agentops graphs) or path/to/file.py:attribute.")],
+    graph: Annotated[
+        str, typer.Argument(help="A graph's name (see: agentops graphs) or path/to/file.py:attribute.", autocompletion=names)
+    ],
     text: Annotated[
         str | None, typer.Argument(metavar="[INPUT]", help="The question, or a JSON object; '-' reads standard input.")
     ] = None,
@@ -118,25 +120,6 @@ def resume(
     }
     with _runtime(flags) as runtime:
         follow(runtime.stream_resume(run_id, answer=said, answers=by_id), quiet=quiet, as_json=as_json)
-
-
-def graphs(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
-    """List the graphs that come with the package."""
-    import ast
-    import importlib.util
-
-    from agentops.graph import own_graphs
-
-    found = []
-    for name in own_graphs():
-        spec = importlib.util.find_spec(f"graphs.{name}")
-        about = ast.get_docstring(ast.parse(Path(str(spec and spec.origin)).read_text(encoding="utf-8"))) or ""
-        found.append({"name": name, "about": about.splitlines()[0] if about else ""})
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    for entry in found:
-        print(f"{entry['name']:12} {entry['about']}")
 
 
 def _said(answer: str | None, *, approve: bool, edit: Path | None, reject: bool, reason: str) -> Any:
