@@ -161,7 +161,8 @@ def test_every_python_snippet_runs(
     for block in blocks(page):
         if block.language != "python":
             continue
-        script = tmp_path / "snippet.py"
+        named = re.match(r"# (\w+\.py)\n", block.text)
+        script = tmp_path / (named[1] if named else "snippet.py")
         script.write_text(block.text, encoding="utf-8")
         done = subprocess.run(
             [sys.executable, script], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300
