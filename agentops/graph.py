@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentops.checkpoint import schema_types
 from agentops.choice import Option, choose
+from agentops.clock import Clock, SystemClock
 from agentops.engine import Engine, generate
 from agentops.errors import UsageError
 from agentops.grounding import Relevance, relevance
@@ -63,6 +64,7 @@ class Context:
     files: Path = Path("files")
     tools: tuple[BaseTool, ...] = ()
     tool_settings: ToolSettings = field(default_factory=ToolSettings)
+    clock: Clock = field(default_factory=SystemClock)
 
     async def ask(
         self,

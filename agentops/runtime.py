@@ -464,6 +464,7 @@ class Runtime:
             trim=details["run.trim"],
             files=self.settings.files,
             tool_settings=self.settings.tools,
+            clock=self._clock,
         )
 
 
