@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints, overload
 from langchain_core.tools import BaseTool, InjectedToolArg, InjectedToolCallId, StructuredTool
 from pydantic import BaseModel
 from pydantic.errors import PydanticUserError
+from pydantic_core import SchemaError
 
 from agentops.errors import ToolError
 from agentops.records import Effect
@@ -18,6 +19,7 @@ from agentops.tools.arguments import check
 from agentops.tools.running import as_text, contained
 
 _EFFECT = "agentops_effect"
+_UNDECLARABLE = (PydanticUserError, SchemaError, TypeError, ValueError, NameError)
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -63,9 +65,8 @@ def schema_of(declared: BaseTool) -> dict[str, Any]:
     try:
         given = declared.tool_call_schema
         made = given if isinstance(given, dict) else given.model_json_schema() if issubclass(given, BaseModel) else given.schema()
-    except (PydanticUserError, TypeError, ValueError, NameError) as error:
-        said = str(error).splitlines()[0]
-        raise ToolError(f"tool '{declared.name}': {said}", hint="give every argument a type that JSON has") from error
+    except _UNDECLARABLE as error:
+        raise _undeclarable(declared.name, error) from error
     about = {key: value for key, value in made.items() if key not in ("title", "description")}
     return {"additionalProperties": False, **about, "type": "object"}
 
@@ -124,9 +125,15 @@ def _declare(function: Callable[..., Any], *, effect: Effect, name: str | None) 
             error_on_invalid_docstring=False,
             metadata={_EFFECT: effect},
         )
-    except (PydanticUserError, TypeError, ValueError, NameError) as error:
-        said = str(error).splitlines()[0]
-        raise ToolError(f"tool '{label}': {said}", hint="give every argument a type that JSON has") from error
+    except _UNDECLARABLE as error:
+        raise _undeclarable(label, error) from error
     refuse_unfillable(made)
     check(label, schema_of(made))
     return made
+
+
+def _undeclarable(name: str, error: Exception) -> ToolError:
+    if isinstance(error, NameError):
+        return ToolError(f"tool '{name}': {error}", hint="define its arguments' types at the top of the file, before it")
+    said = " ".join(str(error).split())[:300]
+    return ToolError(f"tool '{name}': {said}", hint="give every argument a type that JSON has")

@@ -10,15 +10,23 @@ import asyncio
 import contextvars
 import functools
 import inspect
+import json
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from copy import deepcopy
+from dataclasses import fields, is_dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
 from typing import Any
+from uuid import UUID
 
 from langchain_core.messages import ToolMessage
+from langchain_core.messages.tool import ToolOutputMixin
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic import BaseModel
 
 from agentops.errors import ToolError
 from agentops.records import ToolCall
@@ -82,23 +90,43 @@ def contained(function: Callable[..., Any], result: Callable[[Any], Any] = lambd
     return called
 
 
-def as_text(value: Any) -> str:
-    """A tool's result as a model reads it: text as it is, all else as JSON.
+def as_text(value: Any) -> Any:
+    """A tool's result as a model reads it: text as it is, all else as JSON. A `ToolMessage` stays one.
 
     Raises:
         ToolError: it is neither.
     """
-    if isinstance(value, str):
+    if isinstance(value, str | ToolOutputMixin):
         return value
     if inspect.iscoroutine(value):
         value.close()
-    if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
-        raise ToolError(f"it returned a {type(value).__name__}, which is neither text nor JSON")
     try:
-        return to_json(value, inf_nan_mode="strings").decode()
-    except (PydanticSerializationError, ValueError, RecursionError) as error:
+        return json.dumps(value, ensure_ascii=False, default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
         why = str(error).splitlines()[0]
         raise ToolError(f"it returned a {type(value).__name__}, which is neither text nor JSON: {why}") from error
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for, in one that it has. Never what could go on for ever, as iterators may."""
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, set | frozenset):
+        # In an order that does not differ from process to process.
+        return sorted(value, key=str)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, datetime | date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal | UUID | PurePath | timedelta):
+        return str(value)
+    if isinstance(value, bytes):
+        return value.decode()
+    raise TypeError(f"there is no JSON for a {type(value).__name__}")
 
 
 def _is_async(tool: BaseTool) -> bool:
