@@ -12,7 +12,7 @@ SHELL := /bin/sh
 .SHELLFLAGS := -euc
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint check bench wheel constraints clean
+.PHONY: help setup demo test test-long lint check bench pictures wheel constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +68,11 @@ bench: setup ## run the benchmarks; the tables are kept in bench/results
 		$(BIN)/python "$$script" $(ARGS) > bench/results/new.txt
 		cat bench/results/new.txt
 		mv bench/results/new.txt "bench/results/$$(basename "$$script" .py).txt"
+	done
+
+pictures: setup ## draw the graphs anew in docs/graphs.md
+	@for file in graphs/[a-z]*.py; do
+		$(BIN)/agentops graph draw "$$(basename "$$file" .py)" --output docs/graphs.md
 	done
 
 wheel: setup ## build the wheel into dist

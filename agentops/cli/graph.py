@@ -81,7 +81,10 @@ def draw(
         str, typer.Argument(help="A graph's name (see: agentops graphs) or path/to/file.py:attribute.", autocompletion=names)
     ],
     mermaid: Annotated[bool, typer.Option("--mermaid", help="Print Mermaid, which GitHub and other pages show.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file: .mmd for Mermaid, or .txt.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write to this file: .txt, .mmd for Mermaid, or into a .md page between its marks."),
+    ] = None,
     width: Annotated[int | None, typer.Option(help="Columns to draw in. Default: those of the terminal.", min=20)] = None,
 ) -> None:
     """Draw a graph with its subgraphs: in the terminal, or as Mermaid."""
@@ -90,17 +93,19 @@ def draw(
     from agentops.drawing import plain
     from agentops.graph import load_graph
 
-    if output is not None and output.suffix not in (".mmd", ".txt"):
-        raise UsageError(
-            f"a picture cannot be written as {output.suffix or output}", hint="name a file that ends in .mmd or .txt"
-        )
-    shape = shape_of(load_graph(graph).compiled)
+    if output is not None and output.suffix not in (".mmd", ".txt", ".md"):
+        raise UsageError(f"a picture cannot be written to {output}", hint="name a file that ends in .txt, .mmd or .md")
+    loaded = load_graph(graph)
+    shape = shape_of(loaded.compiled)
+    if output is not None and output.suffix == ".md":
+        _put(_pictured(output, loaded.name, as_mermaid(shape)), output)
+        return
     if mermaid or (output and output.suffix == ".mmd"):
-        _put(as_mermaid(shape), output)
+        _put(as_mermaid(shape) + "\n", output)
         return
     lines = drawn(shape, width or _columns())
     if output or not sys.stdout.isatty():
-        _put(plain(lines) + "\n\n" + _legend(shape), output)
+        _put(f"{plain(lines)}\n\n{_legend(shape)}\n", output)
         return
     from rich.console import Console
     from rich.text import Text
@@ -121,12 +126,26 @@ def _columns() -> int:
 
 def _put(text: str, output: Path | None) -> None:
     if output is None:
-        print(text)
+        print(text, end="")
         return
     try:
-        output.write_text(text + "\n", encoding="utf-8")
+        output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{output} cannot be written: {error.strerror}", hint="name a file in a folder that is there") from error
+
+
+def _pictured(page: Path, name: str, picture: str) -> str:
+    """The text of a page with the picture of a graph between the marks that the page has for it."""
+    begin, end = f"<!-- picture of {name} -->", "<!-- end of picture -->"
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{page} cannot be read: {error}", hint="make it first, with marks for the picture") from error
+    before, _, rest = text.partition(begin + "\n")
+    _, found, after = rest.partition(end)
+    if not found:
+        raise UsageError(f"{page} has no marks for a picture of {name}", hint=f"write a line '{begin}' and one '{end}' into it")
+    return f"{before}{begin}\n```mermaid\n{picture}\n```\n{end}{after}"
 
 
 def _legend(shape: Shape) -> str:

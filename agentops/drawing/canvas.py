@@ -10,8 +10,8 @@ from typing import Literal
 Style = Literal["line", "choice", "box", "name", "group"]
 """line: always taken.  choice: may be taken.  box: a border.  name: of a node.  group: of a subgraph."""
 
-_NORTH, _EAST, _SOUTH, _WEST = 1, 2, 4, 8
-UPRIGHT, LEVEL = _NORTH | _SOUTH, _EAST | _WEST
+NORTH, _EAST, _SOUTH, _WEST = 1, 2, 4, 8
+UPRIGHT, LEVEL = NORTH | _SOUTH, _EAST | _WEST
 _CHARACTERS = " ╵╶╰╷│╭├╴╯─┴╮┤┬┼"
 _DASHED = {"│": "╎", "─": "╌"}
 _SQUARE = {"╭": "┌", "╮": "┐", "╰": "└", "╯": "┘"}
@@ -47,11 +47,11 @@ class Canvas:
     def down(self, x: int, y: int, to: int, owner: int, style: Style) -> None:
         low, high = sorted((y, to))
         for at in range(low, high + 1):
-            self.way(x, at, (_SOUTH if at < high else 0) | (_NORTH if at > low else 0), owner, style)
+            self.way(x, at, (_SOUTH if at < high else 0) | (NORTH if at > low else 0), owner, style)
 
     def box(self, x: int, y: int, width: int, height: int, square: bool = False) -> None:
         right, bottom = x + width - 1, y + height - 1
-        for row, (left_way, right_way) in ((y, (_SOUTH, _SOUTH)), (bottom, (_NORTH, _NORTH))):
+        for row, (left_way, right_way) in ((y, (_SOUTH, _SOUTH)), (bottom, (NORTH, NORTH))):
             self.way(x, row, _EAST | left_way, 0, "box", square)
             self.way(right, row, _WEST | right_way, 0, "box", square)
             for column in range(x + 1, right):

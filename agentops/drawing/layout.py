@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from agentops.drawing.canvas import LEVEL, UPRIGHT, Canvas, Style, cells_of, cut
+from agentops.drawing.canvas import LEVEL, NORTH, Canvas, Style, cells_of, cut
 from agentops.drawing.shape import Edge, Shape, backward, bundles, layers_of
 
 Side = Literal["left", "right"]
@@ -227,7 +227,7 @@ class Drawing:
     def _reach(self, side: Side) -> int:
         """How far from the layers the innermost lane is: labels of its edges stand there."""
         told = [cells_of(cut(edge.label)) for lane in self.lanes if lane.side == side for edge in lane.sources if edge.label]
-        return max(told, default=-1) + 4 if told else 3
+        return max(told) + 5 if told else 3
 
     def _place_columns(self) -> int:
         for name, block in self.blocks.items():
@@ -307,7 +307,7 @@ class Drawing:
                 begin = block.y + block.height - (0 if block.bare else 1)
                 self.canvas.down(above[one, name], begin, turn, net.owner, net.style)
                 if block.bare:
-                    self.canvas.way(above[one, name], begin, UPRIGHT, net.owner, net.style)
+                    self.canvas.way(above[one, name], begin, NORTH, net.owner, net.style)
             for name in net.below:
                 self.canvas.down(below[one, name], turn, arrow, net.owner, net.style)
                 self.canvas.write(below[one, name], arrow, "▼", net.style)
