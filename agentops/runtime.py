@@ -14,7 +14,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from agentops import people
 from agentops.checkpoint import check_thread_id, lease
@@ -25,7 +25,7 @@ from agentops.execution import Outcome, Standing, execute, pending, standing
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
 from agentops.parts import open_embedder, open_engine, open_index
 from agentops.records import Budget, Interrupt, RunEvent, RunResult, RunStarted, content_hash
-from agentops.retrieval import Embedder, Index, collection_not_found
+from agentops.retrieval import Embedder, Index, LenientRetriever, collection_not_found
 from agentops.settings import Settings, load_settings
 from agentops.store import RunRow, open_store
 from agentops.sync import iterate_sync, run_sync
@@ -100,9 +100,13 @@ class Runtime:
     @property
     def index(self) -> Index:
         """The document index, for reading and writing."""
+        return self._open_index(self.settings.retrieval.retriever)
+
+    def _open_index(self, retriever: Literal["embedded", "elasticsearch"]) -> Index:
         with self._lock:
             if self._index is None:
-                self._index = self._own_index = open_index(self.settings, lambda: self.embedder)
+                settings = replace(self.settings, retrieval=replace(self.settings.retrieval, retriever=retriever))
+                self._index = self._own_index = open_index(settings, lambda: self.embedder)
             return self._index
 
     @property
@@ -333,7 +337,7 @@ class Runtime:
     def _details(self, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """The settings a run is made with, kept on record: given now, or set by the user, or as they were before, or default."""
         details = {}
-        for key in ("model.name", "retrieval.collection", "retrieval.k", "run.seed", "run.trim"):
+        for key in ("model.name", "retrieval.retriever", "retrieval.collection", "retrieval.k", "run.seed", "run.trim"):
             chosen = self.settings.get(key) if self.settings.source(key) != "default" else recorded.get(key)
             details[key] = given.get(key) or (chosen if chosen is not None else self.settings.get(key))
         return details
@@ -453,9 +457,11 @@ class Runtime:
                 raise cause
 
     def _context(self, graph: LoadedGraph, details: dict[str, Any]) -> Context:
+        index = self._open_index(details["retrieval.retriever"])
+        searched = LenientRetriever(index) if self.settings.retrieval.on_error == "empty" else index
         return Context(
             engine=self._open_engine(details["model.name"]),
-            retriever=TracedRetriever(self.index, self._tracer),
+            retriever=TracedRetriever(searched, self._tracer),
             embedder=self.embedder,
             prompts=graph.prompts,
             collection=details["retrieval.collection"],

@@ -23,6 +23,8 @@ MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop after so
 MaxModelCalls = Annotated[int | None, typer.Option("--max-model-calls", help="Stop after so many model calls.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Stop after so many computed and output tokens.")]
 MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Stop after this time.")]
+Retriever = Annotated[str | None, typer.Option("--retriever", help="Where documents are: embedded or elasticsearch.")]
+EsUrl = Annotated[str | None, typer.Option("--es-url", help="Address of the Elasticsearch server.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -56,6 +58,8 @@ def run(
     max_model_calls: MaxModelCalls = None,
     max_tokens: MaxTokens = None,
     max_seconds: MaxSeconds = None,
+    retriever: Retriever = None,
+    es_url: EsUrl = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer and its sources.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -73,6 +77,8 @@ def run(
         "budget.model_calls": max_model_calls,
         "budget.tokens": max_tokens,
         "budget.seconds": max_seconds,
+        "retrieval.retriever": retriever,
+        "elasticsearch.url": es_url,
     }
     with _runtime(flags) as runtime:
         follow(runtime.stream(graph, given, thread=thread, collection=collection), quiet=quiet, as_json=as_json)
@@ -98,6 +104,8 @@ def resume(
     max_model_calls: MaxModelCalls = None,
     max_tokens: MaxTokens = None,
     max_seconds: MaxSeconds = None,
+    retriever: Retriever = None,
+    es_url: EsUrl = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Another model than the run began with.")] = None,
     trim: Annotated[bool, typer.Option("--trim", help="Cut the oldest part of a prompt that does not fit the context.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer and its sources.")] = False,
@@ -117,6 +125,8 @@ def resume(
         "budget.model_calls": max_model_calls,
         "budget.tokens": max_tokens,
         "budget.seconds": max_seconds,
+        "retrieval.retriever": retriever,
+        "elasticsearch.url": es_url,
     }
     with _runtime(flags) as runtime:
         follow(runtime.stream_resume(run_id, answer=said, answers=by_id), quiet=quiet, as_json=as_json)

@@ -1,7 +1,7 @@
 """Retrieval: remembers documents in collections and finds them again.
 
-`Index` is the protocol; `EmbeddedIndex` keeps everything in local files. An index is given its embedder and knows
-nothing of models' whereabouts, graphs or the record.
+`Index` is the protocol; `EmbeddedIndex` keeps everything in local files, `ElasticIndex` on an Elasticsearch server. An index
+is given its embedder and knows nothing of models' whereabouts, graphs or the record.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from agentops.errors import CollectionNotFound
+from agentops.errors import CollectionNotFound, RetrieverUnavailable
 from agentops.records import Document, Query, Retrieval
 
 
@@ -80,6 +80,23 @@ class Index(Retriever, Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class LenientRetriever:
+    """A `Retriever` that answers with an empty retrieval, marked by its `error`, where the one it wraps is unavailable."""
+
+    def __init__(self, retriever: Retriever) -> None:
+        self._retriever = retriever
+
+    async def search(self, query: Query) -> Retrieval:
+        """
+        Raises:
+            CollectionNotFound, CollectionMismatch, RetrievalError: as the wrapped one, but for `RetrieverUnavailable`.
+        """
+        try:
+            return await self._retriever.search(query)
+        except RetrieverUnavailable as error:
+            return Retrieval(query, (), 0, error=str(error))
 
 
 def collection_not_found(name: str, known: Sequence[str]) -> CollectionNotFound:

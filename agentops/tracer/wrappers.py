@@ -119,7 +119,7 @@ class TracedRetriever:
             run.close(call, error=error)
             raise
         call.set(hits=len(found.hits), generation=found.generation, embed_ms=found.embed_ms, search_ms=found.search_ms)
-        run.close(call, output=[_hit(hit) for hit in found.hits])
+        run.close(call, output=[_hit(hit) for hit in found.hits], error=found.error or None)
         return found
 
 
