@@ -1,0 +1,228 @@
+"""Does what is asked with tools: works out, tells the time, looks up in a collection, keeps notes.
+
+    read -> choose -+-> fill -> act -+-> answer -+-> end
+              ^  ^  |                |     ^  |
+              |  |  +-- no tool -----|-----+  |
+              |  +------ failed -----+        |
+              +---------- next request -------+
+
+Which tool serves a request is measured, not asked: how likely and how near the request is, given what the tool says of
+itself and its example requests. Only the user's words take part in that, never what a tool has found. The arguments are
+written by the model, held to the tool's schema, and believed only where they say what the request says. What is written
+outside waits for a person. A tool that failed or was refused is not called again for the same request: the next best tool
+that fits gets it, or the request ends there.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from copy import deepcopy
+from dataclasses import replace
+from typing import Annotated, Any, TypedDict
+
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import Runtime
+
+from agentops import Context
+from agentops.choice import described
+from agentops.errors import ToolError
+from agentops.grounding import coverage, numbers_missing, terms
+from agentops.records import ToolCall, ToolResult
+from agentops.text import split_sentences
+from agentops.tools import Toolbox
+from graphs._desk import TOOLS, calculator, formulas
+from graphs.rag import KEPT, SUPPORTED, Turn, leaves_out
+
+CALLS = 6
+"""How many calls a question may cost."""
+AGAIN = 1.1
+"""Least score of a tool that takes over where another failed: of the tools that are not meant, one in ten has more."""
+TALK = "talk"
+CANNOT = "cannot"
+OTHERWISE = {
+    TALK: "Greets, thanks, jokes and chats.\n\nExamples:\nHello!\nThanks a lot.\nTell me a story about a dog.\nWhat is your name?",
+    CANNOT: "Something that has to be done out in the world.\n\nExamples:\nBook a flight to Rome.\nTurn off the radio.\n"
+    "Send a message to Tom.\nOrder a coffee.",
+}
+"""What a request may be for beside the tools."""
+
+STEPS = re.compile(
+    r"(?<=[.!?])\s+(?:and\s+)?(?:then|afterwards|after that)\b,?\s*"
+    r"|[,;]?\s+and then\s+|[,;]\s+then\s+"
+    r"|(?<=\?)\s+(?=(?:please\s+)?(?:write|note|add|save|remember|jot|put|record)\b)"
+    r"|,?\s+and\s+(?=(?:write|note|save|jot|record)\b)",
+    re.I,
+)
+"""What stands between two requests that are made in one; anything else is one request, however many sentences it has."""
+FOLLOWS = re.compile(r"^(and|or|but|what about|how about)\b", re.I)
+REFERS = re.compile(r"\b(it|that|this|them|those|these|result|results|answer)\b", re.I)
+FREE = {"search": "query", "append_note": "text"}
+"""Arguments that are a piece of the request in words."""
+
+
+class State(TypedDict, total=False):
+    question: str
+    history: Annotated[list[Turn], operator.add]
+    todo: list[str]
+    said: list[str]
+    results: list[ToolResult]
+    tried: list[ToolResult]
+    chosen: str
+    call: ToolCall | None
+    answer: str
+
+
+def toolbox(context: Context) -> Toolbox:
+    """The tools of this file, and those of the servers that the settings name; of two of one name, ours."""
+    own = Toolbox(TOOLS)
+    return own.joined(one for one in context.tools if one.name not in own)
+
+
+async def read(state: State) -> State:
+    """The requests that the question makes, one after the other."""
+    todo = [part.strip() for part in STEPS.split(state["question"]) if part.strip()]
+    return {"todo": todo[:CALLS], "said": [], "results": [], "tried": [], "chosen": "", "call": None, "answer": ""}
+
+
+async def choose(state: State, runtime: Runtime[Context]) -> State:
+    """The tool that fits the request best; after one has failed another one, if it fits by itself."""
+    request, tried = state["todo"][0], {result.call.name for result in state["tried"]}
+    if FOLLOWS.match(request) and (history := state.get("history")):
+        request = f"{history[-1]['question']} {request}"
+    tools = toolbox(runtime.context).descriptions()
+    options = {name: text for name, text in tools.items() if name not in tried} | ({} if tried else OTHERWISE)
+    if not options or len(state["results"]) >= CALLS:
+        return {"chosen": ""}
+    best = (await runtime.context.choose("assistant_choose", request, options))[0]
+    return {"chosen": best.name if not tried or best.score >= AGAIN else "", "call": None}
+
+
+def chosen(state: State) -> str:
+    return "answer" if state["chosen"] in ("", *OTHERWISE) else "fill"
+
+
+async def fill(state: State, runtime: Runtime[Context]) -> State:
+    """The call of the chosen tool. A tool of this file has a prompt with examples of its own."""
+    name, request, box = state["chosen"], in_full(state), toolbox(runtime.context)
+    try:
+        if name in Toolbox(TOOLS):
+            call = await runtime.context.propose(f"assistant_{name}", narrowed(box, name, request), name, request=request)
+            call = replace(call, arguments=faithful(name, call.arguments, request))
+        else:
+            call = await runtime.context.propose(
+                "assistant_arguments",
+                box,
+                name,
+                tool=name,
+                description=described(box.descriptions()[name])[0],
+                parameters=box.parameters(name),
+                request=request,
+            )
+    except ToolError as error:
+        return _came_of(state, ToolResult(ToolCall(name, {}, ""), "failed", str(error)))
+    return {"call": call}
+
+
+def filled(state: State) -> str:
+    return "act" if state["call"] else "choose"
+
+
+async def act(state: State, runtime: Runtime[Context]) -> State:
+    """Runs the call under its policy. Here the run waits for a person, and nothing comes before that in this node."""
+    call = state["call"]
+    assert call is not None  # noqa: S101 - `filled` saw to it
+    return _came_of(state, await runtime.context.perform(toolbox(runtime.context), call))
+
+
+def acted(state: State) -> str:
+    return "answer" if state["tried"][-1].status == "ok" else "choose"
+
+
+def _came_of(state: State, result: ToolResult) -> State:
+    return {"results": [*state["results"], result], "tried": [*state["tried"], result], "call": None}
+
+
+async def answer(state: State, runtime: Runtime[Context]) -> State:
+    """Says what came of the request; the last one ends the turn."""
+    request, *todo = state["todo"]
+    said = [*state["said"], await _worded(state, request, runtime.context)]
+    done: State = {"todo": todo, "said": said, "tried": []}
+    if not todo:
+        done["answer"] = " ".join(said)
+        done["history"] = [{"question": state["question"], "answer": done["answer"]}]
+    return done
+
+
+def answered(state: State) -> str:
+    return "choose" if state["todo"] else END
+
+
+async def _worded(state: State, request: str, context: Context) -> str:
+    tried = state["tried"]
+    if tried and tried[-1].status == "ok":
+        return await sentence(tried[-1].content, request, context)
+    if tried:
+        return " ".join(f"{result.content.rstrip('.')}." for result in tried)
+    if state["chosen"] == TALK:
+        made = await context.ask("assistant_talk", max_tokens=48, stop=["\n"], request=request)
+        if words := split_sentences(made.text)[:2]:
+            return " ".join(words)
+    can = "; ".join(described(text)[0].rstrip(".") for text in toolbox(context).descriptions().values())
+    return f"I cannot do that. What I can do: {can}."
+
+
+async def sentence(content: str, request: str, context: Context) -> str:
+    """A result in one sentence: as it is where it is one, else the model's if it is carried by the result, else the first."""
+    lines = split_sentences(content)
+    if len(lines) <= 1 and not content.lstrip().startswith(("{", "[")):
+        return content
+    made = await context.ask("assistant_answer", max_tokens=64, stop=["\n"], text=content[:2000], request=request)
+    drafted = " ".join(split_sentences(made.text)[:1])
+    carried = coverage(drafted, content) >= SUPPORTED and not numbers_missing(drafted, content)
+    if drafted and carried and not leaves_out(drafted, lines[0], request):
+        return drafted
+    return lines[0]
+
+
+def in_full(state: State) -> str:
+    """The request, and what it refers back to."""
+    request, history = state["todo"][0], state.get("history") or []
+    before = [*(turn["answer"] for turn in history[-1:]), *state["said"]]
+    if not before or not REFERS.search(request):
+        return request
+    last = before[-1].rpartition(" = ")[2] if state["chosen"] == calculator.name else before[-1]
+    return f"{request} ({last})"
+
+
+def narrowed(box: Toolbox, name: str, request: str) -> Toolbox:
+    """The tools as the model is held to them for one request: a formula has the request's numbers, each once."""
+    if name != calculator.name or not (pattern := formulas(request)):
+        return box
+    schema = deepcopy(box.schema(name))
+    schema["properties"]["expression"]["pattern"] = pattern
+    return Toolbox([calculator.model_copy(update={"args_schema": schema})])
+
+
+def faithful(name: str, arguments: dict[str, Any], request: str) -> dict[str, Any]:
+    """The arguments without what the model invented: words that are not the request's, or too few of them, give way to the
+    request itself; a place that it does not name is left out."""
+    if name == "clock" and coverage(str(arguments.get("zone") or "").rpartition("/")[2].replace("_", " "), request) < 1:
+        return {}
+    if not (key := FREE.get(name)):
+        return arguments
+    text, own = str(arguments[key]), set(terms(f"{name} {next(one.description for one in TOOLS if one.name == name)}"))
+    invented = coverage(text, request) < 1 or numbers_missing(text, request)
+    short = coverage(request, text, lambda term: term not in own) < SUPPORTED or numbers_missing(request, text)
+    return {key: request if invented or short else text}
+
+
+graph = StateGraph(State, context_schema=Context)
+for node in (read, choose, fill, act, answer):
+    graph.add_node(node.__name__, node)
+graph.add_edge(START, "read")
+graph.add_edge("read", "choose")
+graph.add_conditional_edges("choose", chosen, ["fill", "answer"])
+graph.add_conditional_edges("fill", filled, ["act", "choose"])
+graph.add_conditional_edges("act", acted, ["answer", "choose"])
+graph.add_conditional_edges("answer", answered, ["choose", END])
