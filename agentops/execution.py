@@ -12,7 +12,7 @@ import sysconfig
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -87,7 +87,8 @@ async def execute(
 
     reached = _Reached()
     try:
-        await _invoke(graph, input, trace, settings, context, at, meter, reached)
+        async with _equipped(context, settings) as equipped:
+            await _invoke(graph, input, trace, settings, equipped, at, meter, reached)
     except asyncio.CancelledError as error:
         trace.end("cancelled", error=error)
         raise
@@ -96,6 +97,18 @@ async def execute(
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         return ended("failed", error=_explained(error, graph, trace.run_id))
     return ended("waiting" if reached.pending else "done", reached.values, pending=reached.pending)
+
+
+@asynccontextmanager
+async def _equipped(context: Context | None, settings: Settings) -> AsyncIterator[Context | None]:
+    """The context with the tools of the servers that the settings name, which live as long as the block."""
+    if context is None or settings.tools.mcp is None:
+        yield context
+        return
+    from agentops.tools.mcp import open_servers
+
+    async with open_servers(settings.tools.mcp, settings.tools.timeout_s) as tools:
+        yield replace(context, tools=tools)
 
 
 @dataclass
