@@ -65,6 +65,7 @@ def inbox(
 ) -> None:
     """List what runs wait for, oldest first, and how to answer."""
     from agentops.cli.render import interrupt_lines, moment, one_line
+    from agentops.project import short_name
 
     with _record() as store:
         waiting = [store.run(run)] if run else store.runs(status="waiting", limit=10_000)[::-1]
@@ -90,7 +91,7 @@ def inbox(
         print("no run waits for an answer")
     for row in waiting:
         since = moment(row.ended_ns) if row.ended_ns else "-"
-        print(f"run {row.id}  {one_line(row.graph, 60)}  thread {row.thread_id}  waits since {since}")
+        print(f"run {row.id}  {one_line(short_name(row.graph), 60)}  thread {row.thread_id}  waits since {since}")
         for one in asked[row.id]:
             print("\n".join(interrupt_lines(row.id, one, several=len(asked[row.id]) > 1, full=bool(run))))
         if not asked[row.id]:
@@ -160,11 +161,17 @@ def _since(text: str | None) -> int | None:
 
 
 def _reference(graph: str) -> str:
-    """What is on record for a graph that was run under this name: a file's absolute path, and `graph` where none is named."""
-    if graph.startswith("python:") or not (".py" in graph or "/" in graph):
-        return graph
+    """What is on record for a graph that is run under this name here: a file's absolute path, also of one that is gone."""
+    from agentops.errors import GraphNotFound
+    from agentops.project import locate
+
     path, _, attribute = graph.partition(":")
-    return f"{Path(path).expanduser().absolute()}:{attribute or 'graph'}"
+    if ".py" in graph or "/" in graph:
+        return graph if graph.startswith("python:") else f"{Path(path).expanduser().absolute()}:{attribute or 'graph'}"
+    try:
+        return locate(graph).reference
+    except GraphNotFound:
+        return graph
 
 
 def asked_text(given: Any) -> str:
@@ -182,11 +189,20 @@ def _table(rows: list[RunRow], asked: dict[str, str]) -> None:
     from rich.text import Text
 
     from agentops.cli.render import STATUS_COLOURS, duration, moment, one_line, tokens
+    from agentops.project import short_name
 
     console = _console()
     wide = console.width >= 130
     cells = [
-        (run.id, run.status, moment(run.started_ns), duration(run.duration_ns), tokens(run.usage), one_line(run.graph, 40), run)
+        (
+            run.id,
+            run.status,
+            moment(run.started_ns),
+            duration(run.duration_ns),
+            tokens(run.usage),
+            one_line(short_name(run.graph), 40),
+            run,
+        )
         for run in rows
     ]
     graph_cells = max(5, *(len(row[5]) for row in cells))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from agentops.project import short_name
 from agentops.records import Usage
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def _label(span: SpanRow) -> Text:
     label = Text()
     if mark := _MARKS.get(span.status):
         label.append(f"{mark} ", style=_COLOURS[span.status])
-    label.append(one_line(span.name, 60), style=_KINDS.get(span.kind, ""))
+    label.append(one_line(short_name(span.name) if span.kind == "workflow" else span.name, 60), style=_KINDS.get(span.kind, ""))
     if span.kind != "node":
         label.append(f" {span.kind}", style="dim")
     for note in _notes(span):
