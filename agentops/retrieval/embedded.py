@@ -22,24 +22,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentops.clock import Clock, SystemClock
-from agentops.errors import CollectionMismatch, DocumentError, RetrievalError
-from agentops.records import Document, Hit, Query, Retrieval, content_hash
+from agentops.errors import RetrievalError
+from agentops.records import Document, Hit, Query, Retrieval
 from agentops.retrieval import Change, Collection, Embedder, collection_not_found
-from agentops.retrieval.analysis import embedding_text, lexical_terms, terms
+from agentops.retrieval.analysis import lexical_terms, terms
 from agentops.retrieval.catalog import Catalog
 from agentops.retrieval.fuse import fuse, rank
 from agentops.retrieval.lexical import LexicalError, LexicalIndex
+from agentops.retrieval.stored import DEPTH, MAX_DEPTH, QUERY_CHARACTERS, Row, check_match, check_name, valid_unicode
 
-DEPTH = 100
-"""Places of each leg that take part in the fusion, at least."""
-
-_MAX_DEPTH = 10_000
-_QUERY_CHARACTERS = 100_000
 _EMBED_SLICE = 256
 _LOAD_ROWS = 8192
 _SPARE = 100
 """Rows beyond the depth that are scored in floats, for what the rounding to bytes misplaces."""
-_NAME_CHARACTERS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +129,8 @@ class EmbeddedIndex:
             RetrievalError
         """
         self._check_open()
-        if not collection.strip() or len(collection) > _NAME_CHARACTERS or not collection.isprintable():
-            raise RetrievalError(
-                f"{collection!r} cannot be a collection's name", hint=f"use 1 to {_NAME_CHARACTERS} printable characters"
-            )
-        rows = {document.id: _Row.of(document) for document in documents}
+        check_name(collection)
+        rows = {document.id: Row.of(document) for document in documents}
         embedder = self._open_embedder()
         vectors = self._vectors(collection, embedder, rows.values())
         added = updated = unchanged = 0
@@ -146,11 +138,11 @@ class EmbeddedIndex:
             with self._catalog.writing() as db:
                 number = self._make(db, collection, embedder)
                 present = {key: old for key in rows if (old := _stored(db, number, key)) is not None}
-                changed: list[_Row] = []
+                changed: list[Row] = []
                 for key, row in rows.items():
                     if key not in present:
                         added += 1
-                    elif row.same(present[key]):
+                    elif _same(row, present[key]):
                         unchanged += 1
                         continue
                     else:
@@ -219,7 +211,7 @@ class EmbeddedIndex:
 
     def _search(self, query: Query) -> Retrieval:
         self._check_open()
-        text = _unicode(query.text[:_QUERY_CHARACTERS])
+        text = valid_unicode(query.text[:QUERY_CHARACTERS])
         words = terms(text) if query.mode != "vector" else []
         vector: NDArray[np.float32] | None = None
         embed_ms = 0.0
@@ -262,7 +254,7 @@ class EmbeddedIndex:
         Raises:
             LexicalError: it stands there and cannot be read.
         """
-        number, generation, depth = row["number"], row["generation"], min(max(DEPTH, query.k), _MAX_DEPTH)
+        number, generation, depth = row["number"], row["generation"], min(max(DEPTH, query.k), MAX_DEPTH)
         by_vector: list[tuple[int, float]] = []
         by_words: list[tuple[int, float]] = []
         if words:
@@ -305,7 +297,7 @@ class EmbeddedIndex:
 
     # -- inside: writing
 
-    def _vectors(self, collection: str, embedder: Embedder, rows: Iterable[_Row]) -> dict[str, bytes]:
+    def _vectors(self, collection: str, embedder: Embedder, rows: Iterable[Row]) -> dict[str, bytes]:
         """Vectors by hash of the embedded text, taken from the collection where it has them. Holds no lock: embedding is slow."""
         texts = {row.embedded: row.to_embed for row in rows}
         vectors: dict[str, bytes] = {}
@@ -391,18 +383,13 @@ class EmbeddedIndex:
             yield db, self._find(db, collection)
 
     def _find(self, db: sqlite3.Connection, collection: str) -> sqlite3.Row:
-        row: sqlite3.Row | None = db.execute("SELECT * FROM collection WHERE name = ?", (_unicode(collection),)).fetchone()
+        row: sqlite3.Row | None = db.execute("SELECT * FROM collection WHERE name = ?", (valid_unicode(collection),)).fetchone()
         if row is None:
             raise collection_not_found(collection, [name for (name,) in db.execute("SELECT name FROM collection ORDER BY name")])
         return row
 
     def _check_match(self, row: sqlite3.Row, embedder: Embedder) -> None:
-        if (row["revision"], row["dimensions"]) != (embedder.revision, embedder.dimensions):
-            raise CollectionMismatch(
-                f"collection '{row['name']}' was made with the embedder {row['embedder']} ({row['revision']}), "
-                f"this is {embedder.name} ({embedder.revision})",
-                hint="search with that embedder, or drop the collection and ingest the documents again",
-            )
+        check_match(row["name"], row["embedder"], row["revision"], row["dimensions"], embedder)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -414,46 +401,8 @@ def open_index(folder: Path, embedder: Embedder | Callable[[], Embedder]) -> Emb
     return EmbeddedIndex(folder, embedder)
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A document as it is stored."""
-
-    id: str
-    source: str
-    text: str
-    metadata: str
-    hash: str
-    embedded: str
-    to_embed: str
-
-    @staticmethod
-    def of(document: Document) -> _Row:
-        def refused(what: str) -> DocumentError:
-            return DocumentError(f"document {document.id!r}: {what}", hint="mend the document; nothing was stored")
-
-        if not document.id:
-            raise refused("its id is empty")
-        for key, value in document.metadata.items():
-            if not isinstance(key, str) or not isinstance(value, str | int | float | bool):
-                raise refused(f"metadata {key!r} must be a string, a number or a truth value")
-        try:
-            metadata = json.dumps(dict(document.metadata), sort_keys=True, ensure_ascii=False, allow_nan=False)
-            "".join((document.id, document.text, document.hash, metadata)).encode()
-        except UnicodeEncodeError:
-            raise refused("it holds characters that are no valid Unicode (lone surrogates)") from None
-        except ValueError:
-            raise refused("metadata holds a number that is not finite") from None
-        to_embed = embedding_text(document)
-        source = str(document.metadata.get("source", ""))
-        return _Row(document.id, source, document.text, metadata, document.hash, content_hash(to_embed), to_embed)
-
-    def same(self, stored: sqlite3.Row) -> bool:
-        return (self.hash, self.embedded, self.metadata) == (stored["hash"], stored["embedded"], stored["metadata"])
-
-
-def _unicode(text: str) -> str:
-    """The text with lone surrogates, which no library below takes, as question marks."""
-    return text.encode("utf-8", "replace").decode()
+def _same(row: Row, stored: sqlite3.Row) -> bool:
+    return (row.hash, row.embedded, row.metadata) == (stored["hash"], stored["embedded"], stored["metadata"])
 
 
 def _as_floats(values: Sequence[bytes]) -> NDArray[np.float32]:
@@ -495,7 +444,7 @@ def _remove(db: sqlite3.Connection, number: int, generation: int, seqs: Sequence
 
 def _stored(db: sqlite3.Connection, number: int, key: str) -> sqlite3.Row | None:
     row: sqlite3.Row | None = db.execute(
-        "SELECT * FROM document WHERE collection = ? AND id = ?", (number, _unicode(key))
+        "SELECT * FROM document WHERE collection = ? AND id = ?", (number, valid_unicode(key))
     ).fetchone()
     return row
 
