@@ -131,7 +131,7 @@ async def append_note(text: str, call_id: Annotated[str, InjectedToolCallId]) ->
     return f"Noted: {line}"
 
 
-TOOLS = (calculator, clock, search, append_note)
+TOOLS = {one.name: one for one in (calculator, clock, search, append_note)}
 
 
 def value(expression: str) -> Fraction:
