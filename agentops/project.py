@@ -27,7 +27,7 @@ _USED = {"$schema", "graphs", "dependencies", "env"}
 _JAVASCRIPT = (".js", ".mjs", ".cjs", ".jsx", ".ts", ".mts", ".cts", ".tsx")
 _VARIABLE = re.compile(
     r"""[ \t]*(?:export[ \t]+)?(?P<name>[A-Za-z_][\w.]*)[ \t]*=[ \t]*
-    (?: '(?P<plain>[^']*)' | "(?P<quoted>(?:\\.|[^"\\])*)" | (?P<bare>[^\n]*?) )
+    (?: '(?P<plain>[^']*)' | "(?P<quoted>(?:\\.|[^"\\])*)" | (?P<bare>(?!['"])[^\n]*?) )
     [ \t]*(?:(?<![^\s'"=])\#[^\n]*)?(?:\n|\Z)""",
     re.VERBOSE | re.DOTALL,
 )
