@@ -31,7 +31,17 @@ def test_the_test_of_a_new_project_passes_and_its_files_are_clean(tmp_path: Path
     drawn = call("agentops", "graph", "draw", "desk", cwd=project, environment=environment)
     assert "│ look_up │" in drawn.stdout
     ruff = call(
-        "ruff", "check", "--isolated", "--select", "E,F,I,UP,B", "--line-length", "130", ".", cwd=project, environment=environment
+        "ruff",
+        "check",
+        "--no-cache",
+        "--isolated",
+        "--select",
+        "E,F,I,UP,B",
+        "--line-length",
+        "130",
+        ".",
+        cwd=project,
+        environment=environment,
     )
     assert ruff.returncode == 0, ruff.stdout
     for file in project.rglob("*"):
