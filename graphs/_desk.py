@@ -155,8 +155,11 @@ def _value(node: ast.expr, text: str) -> Fraction:
     found: Fraction
     match node:
         case ast.Constant(value=int() | float()) if not isinstance(node.value, bool):
+            written = ast.get_source_segment(text, node) or ""
+            if re.search(r"[eE][-+]?\d{4}", written):
+                raise ValueError("the numbers become too big")
             # As it is written: 0.1 is a tenth.
-            found = Fraction((ast.get_source_segment(text, node) or "").replace("_", ""))
+            found = Fraction(written.replace("_", ""))
         case ast.UnaryOp(op=ast.UAdd() | ast.USub()):
             inner = _value(node.operand, text)
             found = -inner if isinstance(node.op, ast.USub) else inner

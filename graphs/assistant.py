@@ -219,7 +219,7 @@ def in_full(state: State) -> str:
     before = [*(turn["answer"] for turn in history[-1:]), *state["said"]]
     if not before or tool == clock.name or not REFERS.search(request):
         return request
-    if tool == append_note.name and set(terms(REFERS.sub("", request))) - set(terms(append_note.description)):
+    if tool == append_note.name and set(terms(REFERS.sub("", request))) - set(terms(described(append_note.description)[0])):
         return request
     return f"{request} ({before[-1].rpartition(' = ')[2] if tool == calculator.name else before[-1]})"
 
@@ -244,11 +244,9 @@ def faithful(name: str, arguments: dict[str, Any], request: str) -> dict[str, An
         return arguments
     text, own = str(arguments[FREE[name]]), set(terms(described(TOOLS[name].description)[0]))
     true = coverage(text, request) == 1 and not numbers_missing(text, request) and set(terms(text)) - own
+    full = coverage(request, text, lambda term: term not in own) >= SUPPORTED and not numbers_missing(request, text)
     if name == search.name:
         full = bool(own & set(terms(request)))
-    else:
-        own |= set(terms(TOOLS[name].description))
-        full = coverage(request, text, lambda term: term not in own) >= SUPPORTED and not numbers_missing(request, text)
     return {FREE[name]: text if true and full else request}
 
 
