@@ -8,9 +8,10 @@ It knows nothing of files, caches, sequences or sampling.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch.nn import functional
 
 from agentops.engine.checkpoint import DecoderConfig
 
-_TILE_ROWS = 256
+TILE = 64
+"""Positions in a tile of attention."""
 
 Linear = Callable[[Tensor], Tensor]
 """(rows, inputs) -> (rows, outputs)."""
@@ -78,6 +80,15 @@ class Decoder:
             down=linear((f"{at}.mlp.down_proj",)),
         )
 
+    def with_linears(self, change: Callable[[Linear], Linear]) -> Decoder:
+        """The same model with other linear layers."""
+        twin = copy.copy(self)
+        twin.layers = tuple(
+            replace(x, qkv=change(x.qkv), o=change(x.o), gate_up=change(x.gate_up), down=change(x.down)) for x in self.layers
+        )
+        twin.head = change(self.head)
+        return twin
+
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 (rows,) -> float32 (rows, hidden)."""
         return functional.embedding(tokens, self.embedding).float()
@@ -102,24 +113,27 @@ class Decoder:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Neighbouring rows of a sequence, the length of what they may see at all, and which row sees what (None: all of it)."""
+    """New rows of a sequence that stand in one tile, the first of them `at` this place in it, and `mask`, (TILE * query heads
+    of a key-value head, length): which row of the tile sees what."""
 
     rows: slice
-    length: int
-    mask: Tensor | None
+    at: int
+    mask: Tensor
 
 
 def causal_tiles(config: DecoderConfig, past: int, rows: int, device: str = "cpu") -> list[Tile]:
-    """What `rows` new tokens after `past` others may see. Tiles leave out most of what a whole mask would only hide."""
+    """What `rows` new tokens after `past` others may see.
+
+    Tiles lie at multiples of TILE positions and see whole tiles, so that a position is always computed in the same shapes:
+    how its prompt was cut into steps changes nothing, to the last bit.
+    """
     groups = config.heads // config.kv_heads
     tiles = []
-    for start in range(0, rows, _TILE_ROWS):
-        stop = min(rows, start + _TILE_ROWS)
-        length, mask = past + stop, None
-        if stop - start > 1:
-            reach = torch.arange(past + start, length, device=device)[:, None] >= torch.arange(length, device=device)[None, :]
-            mask = torch.zeros(reach.shape, device=device).masked_fill(~reach, -torch.inf).repeat(groups, 1)
-        tiles.append(Tile(slice(start, stop), length, mask))
+    for start in range(past // TILE * TILE, past + rows, TILE):
+        first, stop = max(start, past), min(start + TILE, past + rows)
+        reach = torch.arange(start, start + TILE, device=device)[:, None] >= torch.arange(start + TILE, device=device)[None, :]
+        mask = torch.zeros(reach.shape, device=device).masked_fill(~reach, -torch.inf).repeat(groups, 1)
+        tiles.append(Tile(slice(first - past, stop - past), first - start, mask))
     return tiles
 
 
@@ -130,27 +144,33 @@ def causal_attention(config: DecoderConfig, lengths: Sequence[int]) -> Attend:
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         parts = zip(*(part.split_with_sizes(lengths) for part in (queries, keys, values)), strict=True)
-        return torch.cat([dot_attention(q, k.transpose(0, 1), v.transpose(0, 1), tiles[len(q)]) for q, k, v in parts])
+        return torch.cat([dot_attention(q, whole_tiles(k), whole_tiles(v), tiles[len(q)]) for q, k, v in parts])
 
     return attend
+
+
+def whole_tiles(rows: Tensor) -> Tensor:
+    """(rows, heads, dim) -> (heads, rows, dim) with zeros up to the end of the last tile."""
+    return functional.pad(rows.transpose(0, 1), (0, 0, 0, -len(rows) % TILE))
 
 
 def dot_attention(queries: Tensor, keys: Tensor, values: Tensor, tiles: Sequence[Tile]) -> Tensor:
     """Attention of one sequence's new rows, (rows, heads, dim) to the same.
 
-    keys and values (kv heads, length, dim) are those of the whole sequence, `tiles` its `causal_tiles`.
+    keys and values (kv heads, length, dim) are those of the whole sequence up to the end of a tile, `tiles` its `causal_tiles`.
     """
     _, heads, dim = queries.shape
     kv_heads = keys.shape[0]
     results = []
     for tile in tiles:
+        new, length = queries[tile.rows], tile.mask.shape[1]
+        rows = functional.pad(new, (0, 0, 0, 0, tile.at, TILE - tile.at - len(new))) if len(new) < TILE else new
         # The query heads of one key-value head become rows of their own, so that keys are not copied for each of them.
-        grouped = (
-            queries[tile.rows].reshape(-1, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dim)
-        )
-        seen_keys, seen_values = keys[None, :, : tile.length], values[None, :, : tile.length]
+        grouped = rows.reshape(TILE, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dim)
+        seen_keys, seen_values = keys[None, :, :length], values[None, :, :length]
         attended = functional.scaled_dot_product_attention(grouped, seen_keys, seen_values, attn_mask=tile.mask)
-        results.append(attended.reshape(kv_heads, heads // kv_heads, -1, dim).permute(2, 0, 1, 3).reshape(-1, heads, dim))
+        attended = attended.reshape(kv_heads, heads // kv_heads, TILE, dim).permute(2, 0, 1, 3).reshape(TILE, heads, dim)
+        results.append(attended[tile.at : tile.at + len(new)])
     return results[0] if len(results) == 1 else torch.cat(results)
 
 

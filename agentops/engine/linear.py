@@ -22,9 +22,7 @@ from agentops.errors import ModelBroken, ModelUnsupported
 
 Kernel = Literal["float32", "int4"]
 
-_DENSE_ROWS = 6
-"""From this many rows on, a bfloat16 copy of the weights beats the CPU's int4 kernel where the processor multiplies bfloat16
-(AVX512-BF16, 135M model: at 1 row it is 2.2 times slower, at 16 rows 1.7 times and at 64 rows 2.4 times faster)."""
+_LEAST_ROWS = 16
 
 
 def choose_kernel(wanted: Literal["auto", "int4", "float32"], checkpoint: Checkpoint) -> Kernel:
@@ -59,6 +57,11 @@ def make_linear(checkpoint: Checkpoint, prefixes: Sequence[str], kernel: Kernel,
     return _Int4Cpu(codes, order, group, bias)
 
 
+def for_prompts(linear: Linear) -> Linear:
+    """The same layer in the form that is fastest for the many rows of a prompt."""
+    return linear.for_prompts if isinstance(linear, _Int4Cpu) else linear
+
+
 class _Dense:
     """A weight matrix in float32."""
 
@@ -81,21 +84,34 @@ class _Half:
 
 
 class _Int4Cpu:
-    """torch's int4 kernel for few rows and, where the processor has bfloat16 arithmetic, a dense copy for many."""
+    """torch's int4 kernel, which is fastest for few rows; where the processor has bfloat16 arithmetic, `for_prompts` is a dense
+    copy, which is fastest for many. In both a row's result does not depend on the other rows."""
 
     def __init__(self, codes: gptq.Codes, order: Tensor | None, group: int, bias: Tensor | None) -> None:
         self.group, self.order, self.bias = group, order, bias
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.codes.to(torch.int32), 1)
         self.scales = _scales_and_zeros(codes)
-        self.dense = _spread(codes, group).bfloat16() if multiplies_bfloat16() else None
+        self.for_prompts = _Bfloat16(_spread(codes, group), order, bias) if multiplies_bfloat16() else self
 
     def __call__(self, rows: Tensor) -> Tensor:
         # The kernel is an order of magnitude slower when it is fed float32 or float16.
         rows = (rows if self.order is None else rows[:, self.order]).bfloat16()
-        if self.dense is not None and len(rows) >= _DENSE_ROWS:
-            outputs = functional.linear(rows, self.dense).float()
-        else:
-            outputs = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.scales).float()
+        outputs: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.scales).float()
+        return outputs if self.bias is None else outputs + self.bias
+
+
+class _Bfloat16:
+    """A weight matrix in bfloat16; `order` is that of the inputs."""
+
+    def __init__(self, weight: Tensor, order: Tensor | None, bias: Tensor | None) -> None:
+        self.weight, self.order, self.bias = weight.bfloat16(), order, bias
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        count = len(rows)
+        rows = (rows if self.order is None else rows[:, self.order]).bfloat16()
+        # For one row the threads share out its inputs and add their sums up, and for more they share out rows and outputs.
+        rows = functional.pad(rows, (0, 0, 0, max(0, _LEAST_ROWS - count)))
+        outputs = functional.linear(rows, self.weight)[:count].float()
         return outputs if self.bias is None else outputs + self.bias
 
 

@@ -392,6 +392,7 @@ def _batch(chunks: list[Chunk]) -> Batch:
         tables=[chunk.sequence.table for chunk in chunks],
         wanted=np.concatenate(wanted).astype(np.int64),
         copies=copies,
+        made=[chunk.start >= chunk.sequence.inputs for chunk in chunks],
     )
 
 

@@ -91,7 +91,9 @@ class Scheduler:
             if sequence.over:
                 continue
             sequence.computed = chunk.start + chunk.count
-            while not sequence.private and (sequence.published + 1) * self.pool.size <= sequence.computed:
+            # What the model made is computed by other kernels than a prompt, so it is not the same to the last bit.
+            offered = 0 if sequence.private else min(sequence.computed, sequence.inputs)
+            while (sequence.published + 1) * self.pool.size <= offered:
                 block = sequence.table[sequence.published]
                 sequence.node = self.pool.publish(sequence.node, sequence.tokens, sequence.published, block)
                 sequence.published += 1
@@ -115,7 +117,7 @@ class Scheduler:
         return {
             self.pool.key(sequence.node, sequence.tokens, sequence.published)
             for sequence in sequences
-            if not sequence.private and len(sequence.tokens) >= (sequence.published + 1) * size
+            if not sequence.private and sequence.inputs >= (sequence.published + 1) * size
         }
 
     def _admit(self, sequence: Sequence, claimed: set[object]) -> Literal["admitted", "later", "full"]:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from agentops.engine import Engine, generate
 from agentops.engine.local import open_engine
 from agentops.engine.scripted import ScriptedEngine
 from agentops.errors import ConstraintInvalid, EngineClosed, InputTooLarge, PromptTooLong, UsageError
-from agentops.records import Constraint, Delta, Generation, Message, Request, ScoreRequest
+from agentops.records import Constraint, Delta, Generation, Message, Request, ScoreRequest, Scores
 from agentops.settings import load_settings
 
 CONTEXT = 512
@@ -43,7 +44,7 @@ async def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         folder: Path = tmp_path_factory.getbasetemp() / "conformance-model"
         if not folder.exists():
             write_tiny_model(folder, bits=4)
-        flags = {"engine.kv_tokens": 2048, "engine.input_bytes": 100_000, "engine.threads": 1, "engine.kernel": "float32"}
+        flags = {"engine.kv_tokens": 2048, "engine.input_bytes": 100_000, "engine.threads": 2, "engine.kernel": "int4"}
         opened = open_engine(folder, load_settings(flags, environment={}), "tiny")
     yield opened
     await opened.close()
@@ -229,6 +230,26 @@ async def test_requests_run_together_and_do_not_mix(engine: Engine) -> None:
     alone = [(await generate(engine, asks(prompt, max_tokens=6))).text for prompt in prompts]
     together = await asyncio.gather(*(generate(engine, asks(prompt, max_tokens=6)) for prompt in prompts))
     assert [done.text for done in together] == alone
+
+
+async def test_what_else_is_in_the_batch_and_in_the_cache_changes_nothing(engine: Engine) -> None:
+    sizes = (3, 10, 20, 25, 40, 60, 70, 90)
+    requests = [asks(f"{size} " + "one two three " * size, max_tokens=4 + size // 5) for size in sizes]
+    questions = [ScoreRequest((" yes", " no maybe", " one two three"), text=f"is {size} " * size) for size in sizes[:4]]
+
+    async def together(tenant: str, order: int = 1) -> tuple[list[Generation], list[Scores]]:
+        many = [generate(engine, replace(request, tenant=tenant)) for request in requests][::order]
+        scores = [engine.score(replace(request, tenant=tenant)) for request in questions][::order]
+        done, scored = await asyncio.gather(asyncio.gather(*many), asyncio.gather(*scores))
+        return done[::order], scored[::order]
+
+    alone = [await generate(engine, replace(request, tenant="alone")) for request in requests]
+    weighed = [await engine.score(replace(request, tenant="alone")) for request in questions]
+    warm = await together("alone", -1)
+    assert any(one.usage.cached_tokens for one in warm[0])
+    for done, scored in (warm, await together("cold")):
+        assert [(one.tokens, one.logprobs) for one in done] == [(one.tokens, one.logprobs) for one in alone]
+        assert [one.choices for one in scored] == [one.choices for one in weighed]
 
 
 async def test_any_event_loop_may_call(engine: Engine) -> None:

@@ -191,6 +191,18 @@ def test_at_least_the_last_token_is_computed() -> None:
     assert len(step[0].wanted) == 1
 
 
+def test_what_the_model_made_is_not_offered_and_nobody_waits_for_it() -> None:
+    plan = scheduler()
+    first, second = generating([1, 2, 3, 4, 5], room=8), generating([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    plan.add(first)
+    for made in (6, 7, 8, 9):
+        plan.advance(plan.plan())
+        first.tokens.append(made)
+    plan.add(second)
+    assert [chunk.sequence for chunk in plan.plan()] == [first, second]
+    assert second.cached == SIZE == 4
+
+
 def test_nobody_is_admitted_without_all_the_blocks_it_may_need() -> None:
     plan = scheduler(blocks=4)
     first, second = generating([1] * 6, room=6), generating([2] * 6, room=6)

@@ -18,7 +18,7 @@ from agentops.engine.checkpoint import Checkpoint, expected_shapes, open_checkpo
 from agentops.engine.decoder import Decoder, causal_attention
 from agentops.engine.linear import choose_kernel, dense_weight, make_linear
 from agentops.engine.runners import Batch
-from agentops.engine.runners.torch import TorchRunner, _Together, choose_device
+from agentops.engine.runners.torch import TorchRunner, choose_device
 from agentops.engine.tokenizer import ChatTokenizer
 from agentops.errors import ModelUnsupported, SettingsError
 
@@ -149,15 +149,16 @@ def test_sequences_that_decode_together_get_what_each_gets_alone(
     prompts = [[int(token) for token in random.integers(3, 384, length)] for length in lengths]
     tables = [[int(block) for block in random.permutation(np.arange(index * 10, index * 10 + 10))] for index in range(8)]
     alone = [run(model, prompt, table=table)[-1] for prompt, table in zip(prompts, tables, strict=True)]
-    ends = Batch(np.array([prompt[-1] for prompt in prompts]), np.array(lengths) - 1, [1] * 8, tables, np.arange(8))
+    last, at = np.array([prompt[-1] for prompt in prompts]), np.array(lengths) - 1
+    ends = Batch(last, at, [1] * 8, tables, np.arange(8), made=[True] * 8)
     assert np.allclose(model.step(ends), np.stack(alone), atol=1e-4)
 
 
 def test_what_a_step_gathers_is_bounded_however_many_decode(tmp_path: Path) -> None:
     model = runner(open_checkpoint(write_tiny_model(tmp_path)), blocks=512)
     count, table = 300, list(range(512))
-    parts = model._parts(Batch(np.zeros(count, np.int64), np.full(count, 8191), [1] * count, [table] * count, np.arange(count)))
-    rows = [len(part.rows) for part in parts if isinstance(part, _Together)]
+    batch = Batch(np.zeros(count, np.int64), np.full(count, 8191), [1] * count, [table] * count, np.arange(count))
+    rows = [len(part.rows) for part in model._together(batch)]
     assert sum(rows) == count
     # 2 heads of 16 numbers, keys and values, as stored and once more in float32.
     assert max(rows) * 8192 * 2 * 16 * 2 * 6 < 500_000_000

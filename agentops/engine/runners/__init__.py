@@ -7,7 +7,7 @@ A runner knows nothing of requests, text, sampling or who shares a block with wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +21,8 @@ class Batch:
 
     tokens and positions have one entry a row. Sequence `i` owns `counts[i]` rows and keeps its keys and values in the
     blocks `tables[i]`: position p lies in block `tables[i][p // block]` at `p % block`. `wanted` are row numbers, rising.
-    Before anything else, each of `copies` (source, target) copies a whole block.
+    Before anything else, each of `copies` (source, target) copies a whole block. `made` says which sequences have one row,
+    for a token that the model made; the others' rows are of prompts.
     """
 
     tokens: NDArray[np.int64]
@@ -30,6 +31,20 @@ class Batch:
     tables: Sequence[Sequence[int]]
     wanted: NDArray[np.int64]
     copies: Sequence[tuple[int, int]] = ()
+    made: Sequence[bool] = ()
+
+    def kinds(self) -> Iterator[tuple[bool, Batch, NDArray[np.bool_]]]:
+        """The rows of prompts and those of made tokens as steps of their own: whether they were made, the step, and which of
+        `wanted` are in it. Copies are left out."""
+        made = np.array(self.made or [False] * len(self.counts))
+        of_row = np.repeat(made, self.counts)
+        for kind in (False, True):
+            rows, wanted = np.flatnonzero(of_row == kind), of_row[self.wanted] == kind
+            if len(rows):
+                owners = [i for i, own in enumerate(made) if own == kind]
+                counts, tables = [self.counts[i] for i in owners], [self.tables[i] for i in owners]
+                places = np.searchsorted(rows, self.wanted[wanted])
+                yield kind, Batch(self.tokens[rows], self.positions[rows], counts, tables, places), wanted
 
 
 class Runner(Protocol):
