@@ -191,8 +191,9 @@ class LoadedGraph:
 
     @property
     def state_types(self) -> frozenset[type]:
-        schemas = getattr(getattr(self.compiled, "builder", None), "schemas", {})
-        return schema_types(*schemas)
+        """Types that the states of this graph and of its subgraphs consist of."""
+        graphs = [self.compiled, *(inner for _, inner in self.compiled.get_subgraphs(recurse=True))]
+        return schema_types(*(schema for one in graphs for schema in getattr(getattr(one, "builder", None), "schemas", {})))
 
     def as_input(self, text: str) -> Any:
         """A command line's text as this graph's input: a JSON object as it is, else under `question`, `messages`,
