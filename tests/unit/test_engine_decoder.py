@@ -158,7 +158,7 @@ def test_what_a_step_gathers_is_bounded_however_many_decode(tmp_path: Path) -> N
     model = runner(open_checkpoint(write_tiny_model(tmp_path)), blocks=512)
     count, table = 300, list(range(512))
     batch = Batch(np.zeros(count, np.int64), np.full(count, 8191), [1] * count, [table] * count, np.arange(count))
-    rows = [len(part.rows) for part in model._together(batch)]
+    rows = [len(part.mask) for part in model._together(batch)]
     assert sum(rows) == count
     # 2 heads of 16 numbers, keys and values, as stored and once more in float32.
     assert max(rows) * 8192 * 2 * 16 * 2 * 6 < 500_000_000

@@ -48,10 +48,10 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Together:
-    """Sequences of about the same length with one row each: their row numbers, their slots (sequences * length, filled up with
-    slots of their own), and what must not be seen, (sequences, 1, 1, length)."""
+    """Sequences of about the same length with one row each: their row numbers (a slice if they are all), their slots
+    (sequences * length, filled up with slots of their own), and what must not be seen, (sequences, 1, 1, length)."""
 
-    rows: Tensor
+    rows: Tensor | slice
     slots: Tensor
     mask: Tensor
 
@@ -179,7 +179,8 @@ class TorchRunner:
         filled = np.concatenate([np.pad(own, (0, length - len(own)), mode="edge") for own in slots])
         hidden = torch.from_numpy(np.arange(length) >= lengths[:, None])
         mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None, None]
-        return _Together(torch.tensor(rows).to(self._device), torch.from_numpy(filled).to(self._device), mask.to(self._device))
+        places = slice(None) if len(rows) == len(batch.counts) else torch.tensor(rows).to(self._device)
+        return _Together(places, torch.from_numpy(filled).to(self._device), mask.to(self._device))
 
     def _slots(self, table: Sequence[int], length: int) -> NDArray[np.int64]:
         used = np.asarray(table[: -(-length // self._block)], np.int64)
