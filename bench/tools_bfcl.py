@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = PromptLibrary(ROOT / "graphs" / "prompts")
 QUICK = 30
 TOKENS = 256
-TOGETHER = 8
+TOGETHER = 16
 """Cases under way at once; the engine decodes them in one batch."""
 _TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 

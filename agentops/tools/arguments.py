@@ -8,6 +8,7 @@ longer than there are tokens. This module asks no model by itself and runs no to
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,11 @@ _KEY_CHARACTERS, _KEY = 24, r'^[^\x00-\x1f\x7f-\x9f"\\]{1,24}$'
 _TEXT = r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"
 """No control characters but tab and line feed: a terminal may show it one day."""
 _NUMBER, _INTEGER, _STEP = 10**15, 10**18, 1e-9
+_EXACT = 2**53
+"""Beyond it the grammar's numbers are rounded."""
+_PATTERN_CHARACTERS = 100
+_PLAIN = re.compile(r"\^(?:[A-Za-z0-9_ @:;,=/#%&!~*+{})\[\]-]|\((?!\?)|\(\?:|(?<!\()\?|\\[d.+*?()\[\]{}|/^$-])*\$")
+"""A pattern of ASCII signs from beginning to end, which are two bytes at most in JSON."""
 _NODES = 5_000
 
 _MONTH_DAY = "(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8])"
@@ -89,20 +95,21 @@ async def write(tool: str, schema: Schema, max_tokens: int, ask: Ask, misfit: Mi
     """
     if not schema.get("properties"):
         return {}
-    wrong = ""
+    wrong, hint = "", ""
     for form in forms(tool, schema, max_tokens):
         try:
             made = await ask(form)
         except ConstraintInvalid as error:
             raise _unheld(tool, error) from error
         if made.finish_reason != "stop":
-            wrong = f"they were cut after {max_tokens} tokens"
+            wrong, hint = f"they were cut after {max_tokens} tokens", "give it more tokens"
             continue
         arguments, wrong = read(schema, made.text)
         wrong = wrong or misfit(arguments)
         if not wrong:
             return arguments
-    raise ToolError(f"the model wrote no arguments that fit '{tool}': {wrong}", hint="ask it otherwise, or mend the schema")
+        hint = "ask it otherwise, or mend the schema"
+    raise ToolError(f"the model wrote no arguments that fit '{tool}': {wrong}", hint=hint)
 
 
 def read(schema: Schema, text: str) -> tuple[dict[str, Any], str]:
@@ -375,16 +382,18 @@ class _Writing:
 
     def _patterned(self, pattern: str, least: int, most: int) -> Part:
         """A string of the tool's own pattern, long enough that there is one."""
+        most = max(least, min(most, _PATTERN_CHARACTERS))
         while True:
             about = {"type": "string", "pattern": pattern, "minLength": least, "maxLength": most}
             try:
                 check_constraint(Constraint("json_schema", about))
             except ConstraintInvalid as error:
                 most *= 2
-                if "nsatisfiable" not in str(error) or most > 4_000:
+                if most > 4_000 or not re.search("nsatisfiable|Unable to determine", str(error)):
                     raise _Unwritable(str(error)) from error
                 continue
-            return about, 2 + most * (self._character_bytes if self._character_bytes == 1 else _ESCAPED_BYTES)
+            surely = 2 if _PLAIN.fullmatch(pattern) else _ESCAPED_BYTES
+            return about, 2 + most * (surely if self._character_bytes > 1 else 1)
 
 
 def _number(node: Schema, kind: str) -> Part:
@@ -404,7 +413,17 @@ def _number(node: Schema, kind: str) -> Part:
 
 
 def _literal(values: list[Any]) -> Part | None:
+    if any(abs(number) > _EXACT for number in _integers(values)):
+        raise _Unwritable(f"it names whole numbers beyond {_EXACT:,}")
     return ({"enum": values}, max(map(_size, values))) if values else None
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, list | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _integers(one)
 
 
 def _kind(node: Schema) -> str | None:

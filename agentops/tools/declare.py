@@ -11,7 +11,9 @@ from typing import Any, get_args, get_type_hints, overload
 from langchain_core.tools import BaseTool, InjectedToolArg, InjectedToolCallId, StructuredTool
 from pydantic import BaseModel
 from pydantic.errors import PydanticUserError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import SchemaError
+from pydantic_core.core_schema import DecimalSchema
 
 from agentops.errors import ToolError
 from agentops.records import Effect
@@ -56,6 +58,14 @@ def with_effect(declared: BaseTool, effect: Effect, **changes: Any) -> BaseTool:
     return declared.model_copy(update={**changes, "metadata": {_EFFECT: effect}})
 
 
+class _Schema(GenerateJsonSchema):
+    """Pydantic lets a decimal be any text, too, and takes only some."""
+
+    def decimal_schema(self, schema: DecimalSchema) -> JsonSchemaValue:
+        made = super().decimal_schema(schema)
+        return next((one for one in made.get("anyOf", ()) if one.get("type") == "number"), made)
+
+
 def schema_of(declared: BaseTool) -> dict[str, Any]:
     """JSON schema of the arguments that a model gives: one object, closed unless the tool opens it.
 
@@ -64,7 +74,10 @@ def schema_of(declared: BaseTool) -> dict[str, Any]:
     """
     try:
         given = declared.tool_call_schema
-        made = given if isinstance(given, dict) else given.model_json_schema() if issubclass(given, BaseModel) else given.schema()
+        if isinstance(given, dict):
+            made = given
+        else:
+            made = given.model_json_schema(schema_generator=_Schema) if issubclass(given, BaseModel) else given.schema()
     except _UNDECLARABLE as error:
         raise _undeclarable(declared.name, error) from error
     about = {key: value for key, value in made.items() if key not in ("title", "description")}
