@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import fcntl
 import math
 import operator
@@ -229,6 +230,19 @@ def find_zone(name: str) -> str:
         if wanted in (zone.casefold(), zone.rpartition("/")[2].casefold()):
             return zone
     raise LookupError(f"no time zone is called '{name}'; name a big city, or a zone such as Europe/Paris")
+
+
+def places(request: str) -> list[str]:
+    """What a request names as a place, of the places that have a time zone."""
+    found = []
+    for spoken in re.finditer(r"\b(?:in|at|for)\s+(?:the\s+)?(?=([\w/'-]+(?:\s+[\w/'-]+){0,2}))", request):
+        words = spoken[1].split()
+        for name in (" ".join(words[:count]) for count in range(len(words), 0, -1)):
+            with contextlib.suppress(LookupError):
+                find_zone(name)
+                found.append(name)
+                break
+    return found
 
 
 def note(path: Path, line: str, call_id: str) -> None:

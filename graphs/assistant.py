@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import operator
 import re
-from copy import deepcopy
 from dataclasses import replace
 from typing import Annotated, Any, TypedDict
 
@@ -31,7 +30,7 @@ from agentops.grounding import coverage, numbers_missing, terms
 from agentops.records import ToolCall, ToolResult
 from agentops.text import split_sentences
 from agentops.tools import Toolbox
-from graphs._desk import TOOLS, append_note, calculator, clock, formulas, search
+from graphs._desk import TOOLS, append_note, calculator, clock, formulas, places, search
 from graphs.rag import SUPPORTED, Turn, leaves_out
 
 CALLS = 6
@@ -77,6 +76,8 @@ FREE = {search.name: "query", append_note.name: "text"}
 """Arguments that are a piece of the request in words."""
 PLACE = r"\b(?:in|at|for|to)\s+(?:the\s+)?{}\b"
 """How a place is named."""
+SOMEWHERE = re.compile(r"\b(?:in|at)\s+([A-Z][\w'-]*)")
+"""A name that may be a place's; the clock says when it knows none of that name, rather than tell the time of another."""
 
 
 class State(TypedDict, total=False):
@@ -225,12 +226,16 @@ def in_full(state: State) -> str:
 
 
 def narrowed(box: Toolbox, name: str, request: str) -> Toolbox:
-    """The tools as the model is held to them for one request: a formula has the request's numbers, each once."""
-    if name != calculator.name or not (pattern := formulas(request)):
+    """The tools as the model is held to them for one request: a formula has its numbers, each once, and the time is that of a
+    place it names."""
+    if name == calculator.name and (pattern := formulas(request)):
+        held: dict[str, Any] = {"expression": {"type": "string", "pattern": pattern}}
+    elif name == clock.name and (named := places(request)):
+        held = {"zone": {"enum": named}}
+    else:
         return box
-    schema = deepcopy(box.schema(name))
-    schema["properties"]["expression"]["pattern"] = pattern
-    return Toolbox([calculator.model_copy(update={"args_schema": schema})])
+    schema = {**box.schema(name), "properties": held, "required": list(held)}
+    return Toolbox([TOOLS[name].model_copy(update={"args_schema": schema})])
 
 
 def faithful(name: str, arguments: dict[str, Any], request: str) -> dict[str, Any]:
@@ -239,7 +244,10 @@ def faithful(name: str, arguments: dict[str, Any], request: str) -> dict[str, An
     searching is its own best query."""
     if name == clock.name:
         place = str(arguments.get("zone") or "").rpartition("/")[2].replace("_", " ")
-        return arguments if place and re.search(PLACE.format(re.escape(place)), request, re.I) else {}
+        if place and re.search(PLACE.format(re.escape(place)), request, re.I):
+            return arguments
+        elsewhere = SOMEWHERE.search(request)
+        return {"zone": elsewhere[1]} if elsewhere else {}
     if name not in FREE:
         return arguments
     text, own = str(arguments[FREE[name]]), set(terms(described(TOOLS[name].description)[0]))
