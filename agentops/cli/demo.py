@@ -12,6 +12,7 @@ import typer
 from agentops.errors import UsageError
 
 COLLECTION = "agentops-docs"
+_PROBE_S = 3.0
 QUESTIONS = (
     "How many positions does a block of the KV cache hold?",
     "What status does a run have when its process died?",
@@ -36,13 +37,14 @@ def demo(
     from agentops.runtime import Runtime
     from agentops.settings import load_settings
 
-    settings = load_settings({"model.name": model})
+    retriever = _retriever()
+    settings = load_settings({"model.name": model, "retrieval.retriever": retriever})
     started = time.monotonic()
     _head("1. The model and the embedder")
     for name in (settings.model.name, settings.retrieval.embedder):
         prepare(name)
     _head("2. The documents")
-    ingest([str(docs_folder())], collection=COLLECTION)
+    ingest([str(docs_folder())], collection=COLLECTION, retriever=retriever)
     runs = []
     with stages(settings.model.name) as progress, Runtime(settings, progress=progress) as runtime:
         for number, question in enumerate(QUESTIONS, 3):
@@ -60,6 +62,32 @@ def demo(
   agentops doctor                                      what this machine has"""
     )
     print(f"\n{time.monotonic() - started:.0f} s in all", file=sys.stderr)
+
+
+def _retriever() -> str:
+    """What the settings say; where they say nothing, a server that answers at the configured address, else the embedded index."""
+    from dataclasses import replace
+
+    from agentops.errors import RetrievalError, UsageError
+    from agentops.parts import open_index
+    from agentops.settings import load_settings
+
+    settings = load_settings({"retrieval.retriever": None})
+    if settings.source("retrieval.retriever") != "default":
+        return settings.retrieval.retriever
+    wanted = load_settings({"retrieval.retriever": "elasticsearch"})
+    url = wanted.elasticsearch.url
+    try:
+        index = open_index(replace(wanted, elasticsearch=replace(wanted.elasticsearch, timeout_s=_PROBE_S)))
+        try:
+            index.collections()
+        finally:
+            index.close()
+    except (RetrievalError, UsageError):
+        print(f"documents: in the embedded index; no Elasticsearch answers at {url}", file=sys.stderr)
+        return "embedded"
+    print(f"documents: on the Elasticsearch server at {url}", file=sys.stderr)
+    return "elasticsearch"
 
 
 def docs_folder() -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agentops.cli.run import EsUrl, Retriever
 from agentops.errors import DocumentError, UsageError
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def ingest(
     chunk_tokens: Annotated[int | None, typer.Option(help="Size of a piece in the embedder's tokens.")] = None,
     overlap_tokens: Annotated[int | None, typer.Option(help="Tokens that neighbouring pieces share.")] = None,
     embedder: Annotated[str | None, typer.Option(help="Embedding model: a catalogue name or a local folder.")] = None,
+    retriever: Retriever = None,
+    es_url: EsUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Read documents into a collection, and take out what has left the folders given.
@@ -62,6 +65,7 @@ def ingest(
             "retrieval.chunk_tokens": chunk_tokens,
             "retrieval.overlap_tokens": overlap_tokens,
             "retrieval.embedder": embedder,
+            **_place(retriever, es_url),
         }
     )
     if settings.retrieval.overlap_tokens >= settings.retrieval.chunk_tokens:
@@ -97,6 +101,8 @@ def search(
         str, typer.Option(help="hybrid: by meaning and by words.  vector: by meaning.  lexical: by words.")
     ] = "hybrid",
     embedder: Annotated[str | None, typer.Option(help="Embedding model: a catalogue name or a local folder.")] = None,
+    retriever: Retriever = None,
+    es_url: EsUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a question finds in a collection, without asking the model."""
@@ -107,7 +113,14 @@ def search(
         raise UsageError(f"no search has the mode '{mode}'", hint="one of: " + ", ".join(_MODES))
     if not query.strip():
         raise UsageError("the query is empty", hint='as in: agentops search "how are the legs fused?"')
-    settings = _settings({"retrieval.collection": collection, "retrieval.k": k, "retrieval.embedder": embedder})
+    settings = _settings(
+        {
+            "retrieval.collection": collection,
+            "retrieval.k": k,
+            "retrieval.embedder": embedder,
+            **_place(retriever, es_url),
+        }
+    )
     asked = Query(query, settings.retrieval.collection, settings.retrieval.k, mode)  # type: ignore[arg-type]
     with _index(settings) as index:
         found = run_sync(index.search(asked))
@@ -123,12 +136,14 @@ def search(
 def collections(
     drop: Annotated[str | None, typer.Option(metavar="NAME", help="Remove this collection with all its documents.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before removing.")] = False,
+    retriever: Retriever = None,
+    es_url: EsUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
 ) -> None:
     """List the collections, or remove one."""
     from agentops.cli.render import clean
 
-    with _index(_settings({})) as index:
+    with _index(_settings(_place(retriever, es_url))) as index:
         if drop is not None:
             index.sources(drop)  # a missing one is said before anything is asked
             if not yes:
@@ -152,6 +167,10 @@ def collections(
             print("  ".join(cells).rstrip())
     elif drop is None:
         print("no collections yet; make one with: agentops ingest PATH --collection NAME")
+
+
+def _place(retriever: str | None, es_url: str | None) -> dict[str, Any]:
+    return {"retrieval.retriever": retriever, "elasticsearch.url": es_url}
 
 
 def _settings(flags: dict[str, Any]) -> Settings:
