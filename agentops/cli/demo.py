@@ -54,9 +54,11 @@ def demo(
     sys.stderr.flush()
     show(runs[0].run_id)
     _head("Where to go next")
+    where = " --retriever elasticsearch" if retriever == "elasticsearch" else ""
     print(
         f"""  source .venv/bin/activate                            (in a checkout)
-  agentops run rag "your question" -c {COLLECTION}    ask something else
+  agentops run rag "your question" -c {COLLECTION}{where}    ask something else
+  agentops run assistant "What is 17 * 23?"            use tools; agentops graphs lists the others
   agentops ingest PATH -c mine                         read documents of your own
   agentops runs; agentops show last --messages         what is on record
   agentops doctor                                      what this machine has"""
