@@ -14,12 +14,15 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pytest
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import Runtime as NodeRuntime
 
-from agentops import Runtime, ScriptedEngine, Settings
+from agentops import Context, Runtime, ScriptedEngine, Settings
 from agentops.errors import ToolError
 from agentops.records import Decision, ToolCall, ToolResult
 from agentops.settings import ToolSettings
@@ -358,3 +361,51 @@ async def test_without_the_extra_the_command_that_installs_it_is_told(file: Path
         async with boxed(file, t=mannered()):
             pytest.fail("it started")
     assert "pip install 'agentops-runtime[mcp]'" in refused.value.hint
+
+
+# In runs, as the settings say
+
+
+class Asked(TypedDict, total=False):
+    results: list[ToolResult]
+
+
+def tick() -> Any:
+    async def act(state: Asked, runtime: NodeRuntime[Context]) -> Asked:
+        box = Toolbox().joined(runtime.context.tools)
+        return {"results": [await runtime.context.perform(box, call("time_get_current_time", timezone="UTC"))]}
+
+    made = StateGraph(Asked, context_schema=Context)
+    made.add_node("act", act)
+    made.add_edge(START, "act")
+    made.add_edge("act", END)
+    return made.compile()
+
+
+def serving() -> list[int]:
+    return [int(found.name) for found in Path("/proc").glob("[0-9]*") if b"mcp_server_time" in _command(found)]
+
+
+@pytest.mark.parametrize("allow", [(), ("time_get_current_time",)])
+def test_a_run_is_given_the_tools_that_the_settings_name(file: Path, settings: Settings, allow: tuple[str, ...]) -> None:
+    part: Any = object()
+    tools = replace(settings.tools, mcp=write(file, time=TIME), allow=allow)
+    made = tick()
+    with Runtime(replace(settings, tools=tools), engine=ScriptedEngine(), index=part, embedder=part) as runtime:
+        done = runtime.run(made, {})
+        assert serving() == []
+        if not allow:
+            assert done.status == "waiting"
+            done = runtime.resume(done.run_id, answer=Decision("approve"), graph=made)
+    assert [result.status for result in done.output["results"]] == ["ok"]
+    assert serving() == []
+
+
+def test_a_run_whose_server_does_not_start_ends_before_it_begins(file: Path, settings: Settings) -> None:
+    part: Any = object()
+    tools = replace(settings.tools, mcp=write(file, t=mannered("exits")))
+    with (
+        Runtime(replace(settings, tools=tools), engine=ScriptedEngine(), index=part, embedder=part) as runtime,
+        pytest.raises(ToolError, match="there is no database here"),
+    ):
+        runtime.run(tick(), {})
