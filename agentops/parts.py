@@ -45,7 +45,16 @@ def open_embedder(settings: Settings, progress: Progress | None = None) -> Embed
 
 
 def open_index(settings: Settings, embedder: Embedder | Callable[[], Embedder] | None = None) -> Index:
-    """The embedded index below the settings' home. Its embedder is opened when it is first needed."""
+    """The index that `retrieval.retriever` names: below the settings' home, or on the server of `elasticsearch.url`. Its embedder
+    is opened, and its server asked, when they are first needed.
+
+    Raises:
+        SettingsError: the address cannot be right, or a password would go to an address from elsewhere.
+    """
+    if settings.retrieval.retriever == "elasticsearch":
+        from agentops.retrieval.elastic import open_index as open_elastic
+
+        return open_elastic(settings, embedder or (lambda: open_embedder(settings)))
     from agentops.retrieval.embedded import open_index as open_embedded
 
     return open_embedded(settings.paths.home / "index", embedder or (lambda: open_embedder(settings)))

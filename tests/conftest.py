@@ -10,12 +10,15 @@ import os
 import shutil
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
 import pytest
+from elasticsearch_server import Server, missing, shared
 
 from agentops.settings import Settings, load_settings
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 REAL_CACHE = Path(os.environ.get("AGENTOPS_PATHS_CACHE") or platformdirs.user_cache_dir("agentops-runtime")).absolute()
 NO_DATA = "no real data sets here: name their folder in AGENTOPS_SHARED_DATA"
+NO_ELASTICSEARCH = "no Elasticsearch can be started here"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,12 +49,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    skipped = [report.nodeid for report in terminalreporter.stats.get("skipped", []) if NO_DATA in str(report.longrepr)]
-    if skipped:
-        terminalreporter.section("tests that did not run for want of real data")
-        terminalreporter.write_line(NO_DATA)
-        for name in skipped:
-            terminalreporter.write_line(f"  {name}")
+    for wanted, what in ((NO_DATA, "real data"), (NO_ELASTICSEARCH, "an Elasticsearch server")):
+        skipped = [report for report in terminalreporter.stats.get("skipped", []) if wanted in str(report.longrepr)]
+        if skipped:
+            terminalreporter.section(f"tests that did not run for want of {what}")
+            terminalreporter.write_line(str(skipped[0].longrepr[2]).removeprefix("Skipped: "))
+            for report in skipped:
+                terminalreporter.write_line(f"  {report.nodeid}")
 
 
 @pytest.fixture
@@ -85,6 +90,23 @@ def session_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return load_settings(
         {"paths.home": tmp_path_factory.mktemp("session") / "home", "paths.cache": REAL_CACHE, "engine.threads": 2}
     )
+
+
+@pytest.fixture(scope="session")
+def elasticsearch_server() -> Iterator[Server]:
+    """A real server, shared by all processes of the test run. Where none can be started the test is skipped, and named at the
+    end of the run."""
+    if why := missing():
+        pytest.skip(f"{NO_ELASTICSEARCH}: {why}")
+    with shared(os.environ.get("PYTEST_XDIST_TESTRUNUID") or f"run-{os.getpid()}") as server:
+        yield server
+
+
+@pytest.fixture
+def elastic_settings(elasticsearch_server: Server, settings: Settings) -> Settings:
+    """As `settings`, for the index on the server, which looks empty to every test."""
+    wanted = replace(settings.elasticsearch, url=elasticsearch_server.url, prefix=f"test-{uuid.uuid4().hex}", timeout_s=60.0)
+    return replace(settings, retrieval=replace(settings.retrieval, retriever="elasticsearch"), elasticsearch=wanted)
 
 
 @pytest.fixture(scope="session")

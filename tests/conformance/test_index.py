@@ -1,10 +1,10 @@
-"""What every `Index` does, whatever keeps the documents. A new back-end joins by a new entry in `index`."""
+"""What every `Index` does, whatever keeps the documents. A new back-end joins by a new entry in `opened`."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import pytest
 from agentops.errors import CollectionMismatch, CollectionNotFound, DocumentError, RetrievalError
 from agentops.records import Document, Query, Retrieval, SearchMode, content_hash
 from agentops.retrieval import Change, Embedder, Index
+from agentops.retrieval.elastic import open_index as open_elastic
 from agentops.retrieval.embed import HashEmbedder, open_embedder
-from agentops.retrieval.embedded import open_index
+from agentops.retrieval.embedded import open_index as open_embedded
 from agentops.sync import run_sync
 
 ANIMALS = {
@@ -43,12 +44,27 @@ def minilm(embedder_folder: Path) -> Embedder:
     return open_embedder(embedder_folder)
 
 
+Open = Callable[[Embedder], Index]
+
+
+@pytest.fixture(params=["embedded", "elastic"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
+    """Opens the same store with another embedder each time."""
+    made: list[Index] = []
+    settings = request.getfixturevalue("elastic_settings") if request.param == "elastic" else None
+
+    def one(embedder: Embedder) -> Index:
+        made.append(open_embedded(tmp_path / "index", embedder) if settings is None else open_elastic(settings, embedder))
+        return made[-1]
+
+    yield one
+    for index in made:
+        index.close()
+
+
 @pytest.fixture(params=["hash", pytest.param("minilm", marks=pytest.mark.model)])
-def index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Index]:
-    embedder = HashEmbedder() if request.param == "hash" else request.getfixturevalue("minilm")
-    opened = open_index(tmp_path / "index", embedder)
-    yield opened
-    opened.close()
+def index(request: pytest.FixtureRequest, opened: Open) -> Index:
+    return opened(HashEmbedder() if request.param == "hash" else request.getfixturevalue("minilm"))
 
 
 @pytest.fixture
@@ -321,10 +337,10 @@ class _Other(HashEmbedder):
         return "other"
 
 
-def test_another_embedder_is_refused_and_its_words_still_serve(tmp_path: Path) -> None:
-    open_index(tmp_path, HashEmbedder()).upsert("c", [document("a", "fox")])
+def test_another_embedder_is_refused_and_its_words_still_serve(opened: Open) -> None:
+    opened(HashEmbedder()).upsert("c", [document("a", "fox")])
     for embedder in (_Other(), HashEmbedder(128)):
-        other = open_index(tmp_path, embedder)
+        other = opened(embedder)
         for mode in ("hybrid", "vector"):
             with pytest.raises(CollectionMismatch, match="was made with the embedder hash"):
                 find(other, "fox", mode)
