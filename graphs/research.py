@@ -6,7 +6,8 @@ together.
            +-> work -+
 
 The planner splits the question. The model may word the parts, and is believed only where they ask with the question's own
-words and leave none of it out; else the question is split at its conjunctions, and one that cannot be split stays whole.
+words and leave none of it out; else the question is split at its conjunctions, and one that cannot be split stays whole. What
+a part points back to is not asked of the model but measured: the reading that it finds likeliest.
 Every worker is the graph `rag` with one part to answer. The editor numbers all sources anew, says nothing twice, and says
 for each part what is not known.
 """
@@ -25,12 +26,13 @@ from langgraph.types import Overwrite, Send
 from agentops import Context
 from agentops.errors import RetrieverUnavailable
 from agentops.grounding import coverage, terms
-from graphs.rag import ASKING, Source, stands_alone
-from graphs.rag import State as Asked
+from graphs.rag import ASKING, POINTING, Source
 from graphs.rag import graph as rag
 
 PARTS = 4
 """How many parts a question is split into at most."""
+WORDS = 30
+"""How much of a part the next one may point back to."""
 
 JOINED = re.compile(r"\b(?:and|or|but)\b|[;,]|\?\s", re.I)
 """Without one of these a question asks one thing."""
@@ -39,6 +41,8 @@ BETWEEN = re.compile(rf"(?:\?\s+(?:and\s+)?|\s*;\s*|\s*,?\s+\b(?:and|but)\s+)(?=
 LINE = r"([A-Z][a-z]{1,4} )?([Ww](hat|hich|ho|hose|hen|here|hy)|[Hh]ow|Is|Are|Was|Were|Do|Does|Did|Can) [^\n?]{3,160}\?"
 LINES = rf"({LINE}\n){{1,{PARTS - 1}}}{LINE}"
 """The form of the model's plan: one question a line."""
+OWN = re.compile(rf"\b(?:the|an?)\s+\w.*{POINTING.pattern}", re.I)
+"""A question that says itself what it points at."""
 CITED = re.compile(r"\s*\[(\d+)\]")
 CLAUSES = re.compile(r"[;,:]|\b(?:and|but|while|whereas)\b", re.I)
 
@@ -46,11 +50,8 @@ answer_one = rag.compile()
 
 
 class Part(TypedDict):
-    """A part of the question; one that points back is understood after the one `before` it."""
-
     number: int
     question: str
-    before: str
 
 
 class Finding(TypedDict):
@@ -78,6 +79,8 @@ async def plan(state: State, runtime: Runtime[Context]) -> dict[str, object]:
     if JOINED.search(question):
         made = await runtime.context.ask("research_plan", max_tokens=120, pattern=LINES, question=question)
         parts = next((some for some in (made.text.splitlines(), split(question)) if sound(some, question)), parts)
+    for number in range(1, len(parts)):
+        parts[number] = await stand_alone(parts[number], parts[number - 1], runtime.context)
     return {"plan": parts, "findings": Overwrite([])}
 
 
@@ -88,27 +91,46 @@ def split(question: str) -> list[str]:
 
 
 def sound(parts: list[str], question: str) -> bool:
-    """Whether the parts ask what the question asks: in its words and leaving none out, and none a piece of another. Only the
-    first has to stand alone."""
+    """Whether the parts ask what the question asks: in its words and leaving none out, and none a piece of another."""
     words = [frozenset(terms(part)) for part in parts]
     distinct = not any(one <= other for one, other in itertools.permutations(words, 2))
-    asked = all(ASKING.search(part) for part in parts) and stands_alone(parts[0])
+    asked = all(ASKING.search(part) for part in parts)
     return 2 <= len(parts) <= PARTS and asked and distinct and frozenset().union(*words) == frozenset(terms(question))
 
 
+async def stand_alone(part: str, before: str, context: Context) -> str:
+    """The part with the likeliest of the things that the one before speaks of where it only points at one."""
+    if not POINTING.search(part) or OWN.search(part):
+        return part
+    readings = [naming(part, thing) for thing in things(before)]
+    if not readings:
+        return part
+    return (await context.score("research_point", readings, question=before, follow_up=part)).best.text
+
+
+def things(question: str) -> list[str]:
+    """What a question speaks of: up to four words of it that end with a content word."""
+    words = [word.strip(",;:") for word in question.strip(" ?").split()][-WORDS:]
+    spans = [words[start : start + count] for count in range(1, 5) for start in range(len(words) - count + 1)]
+    begins = [span for span in spans if terms(span[-1]) and (terms(span[0]) or span[0].lower() in ("the", "a", "an"))]
+    return list(dict.fromkeys(" ".join(span) for span in begins if not ASKING.search(" ".join(span))))
+
+
+def naming(part: str, thing: str) -> str:
+    """The part with the thing in place of what points."""
+    owner = thing + ("'" if thing.endswith("s") else "'s")
+    return POINTING.sub(lambda pointed: owner if pointed[0].lower() in ("its", "their", "his") else thing, part)
+
+
 def fan_out(state: State) -> list[Send]:
-    parts = state["plan"]
-    return [Send("work", Part(number=n, question=part, before=parts[n - 1] if n else "")) for n, part in enumerate(parts)]
+    return [Send("work", Part(number=number, question=part)) for number, part in enumerate(state["plan"])]
 
 
 async def work(state: Part) -> State:
     """One part, answered by the graph `rag`. Where the index cannot be reached the other workers' answers are kept."""
     finding = Finding(number=state["number"], question=state["question"], answer="", sources=[], failed="")
-    asked: Asked = {"question": state["question"]}
-    if state["before"]:
-        asked["history"] = [{"question": state["before"], "answer": ""}]
     try:
-        done = await answer_one.ainvoke(asked)
+        done = await answer_one.ainvoke({"question": state["question"]})
     except RetrieverUnavailable as error:
         return {"findings": [{**finding, "failed": str(error)}]}
     return {"findings": [{**finding, "answer": done["answer"], "sources": done["sources"]}]}

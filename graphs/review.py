@@ -26,6 +26,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 
 from agentops import Context
+from agentops.grounding import coverage
 from agentops.people import approve
 from agentops.records import content_hash
 from agentops.text import split_sentences
@@ -85,18 +86,22 @@ async def revise(state: State, runtime: Runtime[Context]) -> State:
     sentence itself, where the model's words are not carried by it."""
     question, rejected = state["question"], state["rejected"]
     wanted = f"{question} {rejected[-1]['reason']}".strip()
-    offered = "\n".join(one["answer"] for one in rejected)
     found = await retrieve({"query": wanted}, runtime)
-    fresh: list[Evidence] = [{**one, "n": 1} for one in found["evidence"] if one["text"] not in offered]
+    fresh: list[Evidence] = [{**one, "n": 1} for one in found["evidence"] if not offered(one["text"], rejected)]
     if found["verdict"] == "unknown" or not fresh:
         return {"outcome": "rejected"}
     best, last = fresh[0]["text"], rejected[-1]
     made = await runtime.context.ask("review_revise", max_tokens=64, stop=["\n"], text=best, question=question, **last)
     for text in (" ".join(split_sentences(made.text)[:1]), best):
         checked = await critic({"evidence": fresh[:1], "draft": text, "query": question, "returns": RETURNS}, runtime)
-        if checked["verdict"] == "supported" and checked["answer"] not in offered:
+        if checked["verdict"] == "supported" and not offered(text, rejected):
             return {"answer": checked["answer"], "sources": checked["sources"], "outcome": "drafted"}
     return {"outcome": "rejected"}
+
+
+def offered(text: str, rejected: list[Rejected]) -> bool:
+    """Whether a rejected draft says all that the text says."""
+    return any(coverage(text, one["answer"]) == 1 for one in rejected)
 
 
 def revised(state: State) -> str:

@@ -21,9 +21,9 @@ def likely(request: ScoreRequest) -> list[float]:
     return [(-0.5 if coverage(choice, said) >= 0.6 else -4.0) * len(choice.split()) for choice in request.choices]
 
 
-def open_runtime(settings: Settings, answers: Any = (), *, index: Index | None = None, delay_s: float = 0.0) -> Runtime:
+def open_runtime(settings: Settings, answers: Any = (), *, index: Index | None = None, **options: Any) -> Runtime:
     """A runtime that plays `answers` and has the documents in the collection `tea`."""
-    engine = ScriptedEngine(answers, scores=likely, delay_s=delay_s)
+    engine = ScriptedEngine(answers, **{"scores": likely, **options})
     runtime = Runtime(settings, engine=engine, embedder=HashEmbedder(), index=index)
     documents = [
         Document(source, text, content_hash(text), {"source": source, "heading": heading})

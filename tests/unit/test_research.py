@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tea import open_runtime
+from tea import likely, open_runtime
 
 from agentops import Request, Runtime, Settings
 from agentops.errors import RetrieverUnavailable
-from agentops.records import Query, Retrieval
+from agentops.records import Query, Retrieval, ScoreRequest
 from agentops.store import open_store
 from agentops.tracer import catch_up
-from graphs.research import sound, split
+from graphs.research import naming, sound, split, things
 
 GREEN, CUP = "At how many degrees is green tea brewed?", "How many millilitres does a cup hold?"
 QUESTION = "At how many degrees is green tea brewed, and how many millilitres does a cup hold?"
@@ -171,18 +171,51 @@ def test_a_single_question_is_not_planned(ask: Callable[..., Any]) -> None:
     assert ask(answer, CUP)["plan"] == [CUP]
 
 
+def reading(request: ScoreRequest) -> list[float]:
+    """Of the readings of a part that points back, the one that speaks of a cup is likeliest."""
+    if request.messages[0].content.startswith("You rewrite"):
+        assert f"Question: {CUP}\nFollow-up: How is it washed?" in request.messages[-1].content
+        return [-1.0 if choice == "How is a cup washed?" else -9.0 for choice in request.choices]
+    return likely(request)
+
+
 def test_a_part_that_points_back_is_understood_after_the_one_before(ask: Callable[..., Any]) -> None:
     answers = script(plan=f"{CUP}\nHow is it washed?", facts={"washed": "Cups are washed by hand.", "cup": FACTS["cup"]})
 
-    def rewriting(request: Request) -> str:
-        if request.messages[0].content.startswith("You rewrite"):
-            assert "Question: How many millilitres does a cup hold?" in request.messages[-1].content
-            return "How are cups washed?"
-        return answers(request)
-
-    done = ask(rewriting, "How many millilitres does a cup hold, and how is it washed?")
-    assert done["plan"] == [CUP, "How is it washed?"]
+    done = ask(answers, "How many millilitres does a cup hold, and how is it washed?", scores=reading)
+    assert done["plan"] == [CUP, "How is a cup washed?"]
     assert done["answer"].splitlines() == ["A cup holds 250 millilitres. [1]", "Cups are washed by hand. [1]"]
+
+
+def test_a_part_that_says_itself_what_it_points_at_stays_as_it_is(ask: Callable[..., Any]) -> None:
+    own = "Is a tea hot when it is brewed?"
+    done = ask(script(plan=f"{CUP}\n{own}"), "How many millilitres does a cup hold, and is a tea hot when it is brewed?")
+    assert done["plan"] == [CUP, own]
+
+
+@pytest.mark.parametrize(
+    ("question", "spoken_of"),
+    [
+        ("What is tea?", ["tea"]),
+        ("Where are the old cups kept?", ["old", "cups", "kept", "the old", "old cups", "cups kept"]),
+        ("Is it?", []),
+    ],
+)
+def test_a_question_speaks_of_things(question: str, spoken_of: list[str]) -> None:
+    assert things(question)[: len(spoken_of)] == spoken_of
+    assert len(things(" ".join(f"word{number}" for number in range(5000)))) < 200
+
+
+@pytest.mark.parametrize(
+    ("part", "thing", "said"),
+    [
+        ("Who washes it?", "a cup", "Who washes a cup?"),
+        ("Its price is what?", "a cup", "a cup's price is what?"),
+        ("Who washes them and their lids?", "cups", "Who washes cups and cups' lids?"),
+    ],
+)
+def test_a_thing_is_put_in_place_of_what_points(part: str, thing: str, said: str) -> None:
+    assert naming(part, thing) == said
 
 
 def test_an_earlier_question_of_the_thread_leaves_nothing_behind(ask: Callable[..., Any]) -> None:
