@@ -41,6 +41,8 @@ JAVA = 21
 USER = "agentops-elasticsearch"
 START_S = 120
 FETCH_S = 900
+SHORT_LIVED = "-XX:TieredStopAtLevel=1"
+"""For a server of some minutes: code that is compiled well would cost more time than it saves."""
 
 
 class ServerError(Exception):
@@ -98,7 +100,7 @@ def start(
     roles: str = "",
     users: Mapping[str, tuple[str, str]] | None = None,
     tls: tuple[Path, Path] | None = None,
-    heap_mb: int = 512,
+    java_options: str = "",
 ) -> Server:
     """Starts a server that keeps its data below `folder` and waits until it takes requests. `port` 0 takes a free one.
 
@@ -134,7 +136,7 @@ def start(
         "HOME": str(folder),
         "ES_JAVA_HOME": str(java),
         "ES_PATH_CONF": str(config),
-        "ES_JAVA_OPTS": f"-Xms{heap_mb}m -Xmx{heap_mb}m",
+        "ES_JAVA_OPTS": f"-Xms512m -Xmx512m {java_options}",
         "ES_TMPDIR": str(folder / "tmp"),
     }
 
@@ -406,7 +408,7 @@ def shared(name: str) -> Iterator[Server]:
         server = Server(**json.loads(record.read_text())) if record.exists() else None
         if server is None or not server.alive():
             # Not below our folder, which the server's user, who is another for root, need not be able to enter.
-            server = start(Path(tempfile.mkdtemp(prefix="agentops-elasticsearch-data-")))
+            server = start(Path(tempfile.mkdtemp(prefix="agentops-elasticsearch-data-")), java_options=SHORT_LIVED)
             record.write_text(json.dumps(asdict(server)))
         me.touch()
     try:

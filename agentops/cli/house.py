@@ -311,17 +311,19 @@ def _store(settings: Settings) -> Iterator[Finding]:
 
 
 def _index(settings: Settings) -> Iterator[Finding]:
-    from agentops.retrieval.embedded import open_index
+    from agentops.parts import open_index
+    from agentops.retrieval.cluster import readable_by_others
 
     def none() -> Never:
         raise RetrievalError("listing collections needs no embedder")
 
-    folder = settings.paths.home / "index"
-    if not folder.exists():
-        yield Finding("index", "ok", "no collection yet; make one with: agentops ingest PATH --collection NAME")
+    elastic = settings.retrieval.retriever == "elasticsearch"
+    empty = "no collection yet; make one with: agentops ingest PATH --collection NAME"
+    if not elastic and not (settings.paths.home / "index").exists():
+        yield Finding("index", "ok", empty)
         return
     try:
-        index = open_index(folder, none)
+        index = open_index(settings, none)
         try:
             found = index.collections()
         finally:
@@ -330,7 +332,12 @@ def _index(settings: Settings) -> Iterator[Finding]:
         yield Finding("index", "broken", str(error), error.hint)
         return
     named = ", ".join(f"{entry.name} ({entry.documents} pieces, {entry.embedder})" for entry in found)
-    yield Finding("index", "ok", named or "no collection yet; make one with: agentops ingest PATH --collection NAME")
+    where = f"Elasticsearch at {settings.elasticsearch.url}: " if elastic else ""
+    yield Finding("index", "ok", where + (named or empty))
+    secret = settings.elasticsearch.password or settings.elasticsearch.api_key
+    if elastic and secret and readable_by_others(settings.elasticsearch.url):
+        mend = "use an https:// address"
+        yield Finding("index", "warning", f"the password or key goes to {settings.elasticsearch.url} unencrypted", mend)
 
 
 # -- what the checks look at

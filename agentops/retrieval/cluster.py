@@ -309,6 +309,12 @@ def may_send(settings: Settings, key: str) -> bool:
     return address == "own" or address == _place(settings.source(key))
 
 
+def readable_by_others(url: str) -> bool:
+    """Whether what is sent to this address leaves the machine unencrypted."""
+    parts = urlsplit(url)
+    return parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "::1", "localhost")
+
+
 def check_address(url: str, source: str) -> None:
     """
     Raises:

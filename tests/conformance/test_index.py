@@ -1,4 +1,4 @@
-"""What every `Index` does, whatever keeps the documents. A new back-end joins by a new entry in `opened`."""
+"""What every `Index` does, whatever keeps the documents. A new back-end joins by an entry in `index`."""
 
 from __future__ import annotations
 
@@ -44,17 +44,16 @@ def minilm(embedder_folder: Path) -> Embedder:
     return open_embedder(embedder_folder)
 
 
-Open = Callable[[Embedder], Index]
-
-
-@pytest.fixture(params=["embedded", "elastic"])
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
-    """Opens the same store with another embedder each time."""
+@pytest.fixture
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[str, Embedder], Index]]:
+    """Opens the one store of this test in a back-end, with another embedder each time."""
     made: list[Index] = []
-    settings = request.getfixturevalue("elastic_settings") if request.param == "elastic" else None
 
-    def one(embedder: Embedder) -> Index:
-        made.append(open_embedded(tmp_path / "index", embedder) if settings is None else open_elastic(settings, embedder))
+    def one(back_end: str, embedder: Embedder) -> Index:
+        if back_end == "elastic":
+            made.append(open_elastic(request.getfixturevalue("elastic_settings"), embedder))
+        else:
+            made.append(open_embedded(tmp_path / "index", embedder))
         return made[-1]
 
     yield one
@@ -62,9 +61,10 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
         index.close()
 
 
-@pytest.fixture(params=["hash", pytest.param("minilm", marks=pytest.mark.model)])
-def index(request: pytest.FixtureRequest, opened: Open) -> Index:
-    return opened(HashEmbedder() if request.param == "hash" else request.getfixturevalue("minilm"))
+@pytest.fixture(params=["embedded-hash", pytest.param("embedded-minilm", marks=pytest.mark.model), "elastic-hash"])
+def index(request: pytest.FixtureRequest, opened: Callable[[str, Embedder], Index]) -> Index:
+    back_end, _, embedder = request.param.partition("-")
+    return opened(back_end, HashEmbedder() if embedder == "hash" else request.getfixturevalue("minilm"))
 
 
 @pytest.fixture
@@ -337,10 +337,11 @@ class _Other(HashEmbedder):
         return "other"
 
 
-def test_another_embedder_is_refused_and_its_words_still_serve(opened: Open) -> None:
-    opened(HashEmbedder()).upsert("c", [document("a", "fox")])
+@pytest.mark.parametrize("back_end", ["embedded", "elastic"])
+def test_another_embedder_is_refused_and_its_words_still_serve(opened: Callable[[str, Embedder], Index], back_end: str) -> None:
+    opened(back_end, HashEmbedder()).upsert("c", [document("a", "fox")])
     for embedder in (_Other(), HashEmbedder(128)):
-        other = opened(embedder)
+        other = opened(back_end, embedder)
         for mode in ("hybrid", "vector"):
             with pytest.raises(CollectionMismatch, match="was made with the embedder hash"):
                 find(other, "fox", mode)
