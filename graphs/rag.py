@@ -70,6 +70,8 @@ class State(TypedDict, total=False):
     question: str
     history: Annotated[list[Turn], operator.add]
     query: str
+    unsearched: str
+    """Why the documents could not be searched; empty where they were."""
     evidence: list[Evidence]
     draft: str
     returns: int
@@ -96,8 +98,10 @@ async def rewrite(state: State, runtime: Runtime[Context]) -> State:
 async def retrieve(state: State, runtime: Runtime[Context]) -> State:
     """The sentences of the retrieved passages that have most to do with the question, best first. Titles and questions
     say nothing by themselves and are left out."""
-    hits = (await runtime.context.search(state["query"])).hits
-    found = [(hit.document.metadata, sentence) for hit in hits for sentence in split_sentences(hit.document.text)]
+    retrieval = await runtime.context.search(state["query"])
+    if retrieval.error:
+        return {"evidence": [], "verdict": "unknown", "unsearched": retrieval.error}
+    found = [(hit.document.metadata, sentence) for hit in retrieval.hits for sentence in split_sentences(hit.document.text)]
     places = [(about, sentence) for about, sentence in found if "?" not in sentence and sentence != about.get("title")]
     titled = [f"{about.get('heading') or about.get('title', '')}: {sentence}" for about, sentence in places]
     ranked = await runtime.context.relevance(state["query"], titled, "rag_relevance")
@@ -109,7 +113,7 @@ async def retrieve(state: State, runtime: Runtime[Context]) -> State:
         n = numbers.setdefault((source, heading), len(numbers) + 1)
         evidence.append({"n": n, "text": sentence, "source": source, "heading": heading, "relevance": round(one.total, 3)})
     relevant = bool(evidence) and evidence[0]["relevance"] >= RELEVANT
-    return {"evidence": evidence, "verdict": "unsupported" if relevant else "unknown"}
+    return {"evidence": evidence, "verdict": "unsupported" if relevant else "unknown", "unsearched": ""}
 
 
 async def write(state: State, runtime: Runtime[Context]) -> State:
@@ -163,7 +167,9 @@ def _back(state: State, feedback: str) -> State:
 async def finish(state: State, runtime: Runtime[Context]) -> State:
     """The checked answer, or what is not known; either goes into the thread's history."""
     done: State = {}
-    if state["verdict"] != "supported":
+    if state.get("unsearched"):
+        done = {"answer": f"The documents could not be searched for “{state['query']}”: {state['unsearched']}", "sources": []}
+    elif state["verdict"] != "supported":
         near = "; ".join(dict.fromkeys(one["heading"] or one["source"] for one in state["evidence"][:2]))
         hint = f" The nearest they have is about: {near}." if near else ""
         done = {"answer": f"I do not know: the documents do not answer “{state['query']}”.{hint}", "sources": []}

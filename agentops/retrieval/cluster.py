@@ -7,9 +7,11 @@ own that is left behind when the time is up. A password goes only where its owne
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import random
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -108,7 +110,7 @@ class Cluster:
             failed = next((answer for answer in answers if "error" in answer or answer.get("timed_out")), None)
             if failed is None:
                 return answers
-            status = int(failed.get("status", 504))
+            status = int(failed["status"]) if "error" in failed else 504
             if status not in BUSY or not patience.wait():
                 raise self._refusal(status, failed)
 
@@ -183,27 +185,30 @@ class Cluster:
         return answer
 
     def _connected(self) -> Elasticsearch:
+        from elastic_transport.client_utils import DEFAULT
         from elasticsearch import Elasticsearch
 
         with self._lock:
             if self._client is None:
-                options: dict[str, Any] = {}
-                if self.url.startswith("https:") and self._ca_file is not None:
-                    options["ca_certs"] = str(self._ca_file)
-                try:
-                    self._client = Elasticsearch(
-                        self.url,
-                        basic_auth=self._basic,
-                        api_key=self._api_key,
-                        max_retries=0,
-                        retry_on_timeout=False,
-                        connections_per_node=_CONNECTIONS,
-                        **options,
-                    )
-                except (ValueError, OSError) as error:
-                    hint = "elasticsearch.ca_file names a file with certificates in PEM" if options else "http://HOST:PORT"
-                    raise SettingsError(f"Elasticsearch at {self.url} cannot be reached as set: {error}", hint=hint) from error
+                # It warns of each failure, which its caller is told anyway.
+                logging.getLogger("elastic_transport.node_pool").setLevel(logging.ERROR)
+                self._client = Elasticsearch(
+                    self.url,
+                    basic_auth=self._basic,
+                    api_key=self._api_key,
+                    max_retries=0,
+                    retry_on_timeout=False,
+                    connections_per_node=_CONNECTIONS,
+                    ssl_context=self._trust() if self.url.startswith("https:") else DEFAULT,
+                )
             return self._client
+
+    def _trust(self) -> ssl.SSLContext:
+        try:
+            return ssl.create_default_context(cafile=self._ca_file)
+        except OSError as error:
+            hint = "elasticsearch.ca_file names a file with certificates in PEM"
+            raise SettingsError(f"{self._ca_file} cannot be used: {error.strerror or error}", hint=hint) from error
 
     def _refusal(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> Exception:
         """What to raise for an answer that is an error. `headers` are given where it is an answer by itself."""
@@ -211,9 +216,7 @@ class Cluster:
         foreign = headers is not None and {key.lower() for key in headers}.isdisjoint({"x-elastic-product"})
         if status == 401:
             hint = "check elasticsearch.user and elasticsearch.password, or elasticsearch.api_key"
-            return RetrieverUnavailable(
-                f"Elasticsearch at {self.url} does not know this user: wrong name, password or key", hint=hint
-            )
+            return RetrieverUnavailable(f"Elasticsearch at {self.url} refuses the user: wrong name, password or key", hint=hint)
         if status == 403:
             hint = "the user needs the privilege 'all' on the indices that begin with elasticsearch.prefix; 'read' to search"
             return RetrieverUnavailable(f"Elasticsearch at {self.url} does not let this user do that: {reason}", hint=hint)
