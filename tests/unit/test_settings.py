@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
 from agentops.cli import app
 from agentops.errors import SettingsError
-from agentops.settings import Settings, describe, load_settings, variable
+from agentops.settings import Settings, describe, is_secret, load_settings, variable
 
 
 def write(path: Path, text: str) -> Path:
@@ -43,8 +46,10 @@ def test_each_source_beats_the_one_before_and_is_remembered(tmp_path: Path) -> N
 def test_every_setting_is_described_and_can_be_set_from_the_environment() -> None:
     builtin = Settings()
     for key, about in describe().items():
-        value = builtin.get(key)
-        got = load_settings({}, environment={variable(key): str(value)}, folder=Path("/nonexistent"))
+        given: dict[Any, Any] = {None: Path("/some/where"), "": "word", (): ("one", "two")}
+        value = given.get(builtin.get(key), builtin.get(key))
+        written = ", ".join(value) if isinstance(value, tuple) else str(value)
+        got = load_settings({}, environment={variable(key): written}, folder=Path("/nonexistent"))
         assert about, key
         assert got.get(key) == value, key
         assert type(got.get(key)) is type(value), key
@@ -134,3 +139,13 @@ def test_tests_never_touch_the_users_home() -> None:
     for home in (Settings().paths.home, load_settings().paths.home):
         assert not home.is_relative_to(real)
         assert home.is_relative_to(Path(os.environ["XDG_DATA_HOME"]).parent)
+
+
+def test_secrets_are_known_as_such_and_never_shown(environment: dict[str, str]) -> None:
+    assert [key for key in describe() if is_secret(key)] == ["elasticsearch.password", "elasticsearch.api_key"]
+    environment |= {"AGENTOPS_ELASTICSEARCH_PASSWORD": "hunter2"}
+    for more in ([], ["--json"]):
+        command = [sys.executable, "-m", "agentops", "config", "elasticsearch", *more]
+        shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert "***" in shown
+        assert "hunter2" not in shown
