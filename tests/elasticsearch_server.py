@@ -120,7 +120,7 @@ def start(
     config, pid_file = folder / "config", folder / "pid"
     for part in (folder, config, folder / "data", folder / "logs", folder / "tmp"):
         part.mkdir(parents=True, exist_ok=True)
-    for file in ("jvm.options", "log4j2.properties"):
+    for file in ("jvm.options", "log4j2.properties", "users", "users_roles", "roles.yml", "role_mapping.yml"):
         shutil.copy(home / "config" / file, config / file)
     (config / "jvm.options.d").mkdir(exist_ok=True)
     (config / "elasticsearch.yml").write_text(_configuration(folder, port, bool(users), tls), encoding="utf-8")
