@@ -10,8 +10,8 @@ import re
 import sqlite3
 import sysconfig
 import traceback
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -87,7 +87,7 @@ async def execute(
 
     reached = _Reached()
     try:
-        async with _equipped(context, settings) as equipped:
+        async with _equipped(context) as equipped:
             await _invoke(graph, input, trace, settings, equipped, at, meter, reached)
     except asyncio.CancelledError as error:
         trace.end("cancelled", error=error)
@@ -100,14 +100,14 @@ async def execute(
 
 
 @asynccontextmanager
-async def _equipped(context: Context | None, settings: Settings) -> AsyncIterator[Context | None]:
+async def _equipped(context: Context | None) -> AsyncIterator[Context | None]:
     """The context with the tools of the servers that the settings name, which live as long as the block."""
-    if context is None or settings.tools.mcp is None:
+    if context is None or context.tool_settings.mcp is None:
         yield context
         return
     from agentops.tools.mcp import open_servers
 
-    async with open_servers(settings.tools.mcp, settings.tools.timeout_s) as tools:
+    async with open_servers(context.tool_settings.mcp, context.tool_settings.timeout_s) as tools:
         yield replace(context, tools=tools)
 
 
@@ -149,7 +149,9 @@ async def _invoke(
             if not limit.expired():
                 raise
             spent = "seconds"
-        except GraphRecursionError:
+        except GraphRecursionError as error:
+            if _failed_node(error) and f"of {meter.budget.steps} reached" not in str(error):
+                raise  # a limit that a node has set for a graph of its own
             # LangGraph counts before it looks whether there is anything left to do.
             if (await compiled.aget_state(config)).next:
                 spent = "steps"
@@ -158,6 +160,8 @@ async def _invoke(
         except BudgetSpent:
             reached.values = (await compiled.aget_state(config)).values
             raise
+        if limit.expired():
+            spent = "seconds"  # also where a node took no notice
         if spent:
             reached.values = (await compiled.aget_state(config)).values
             raise meter.spent(spent)
@@ -167,11 +171,15 @@ async def _invoke(
         reached.values = {key: value for key, value in output.items() if key != "__interrupt__"} if waiting else output
 
 
-def pending_in(state: StateSnapshot, path: tuple[str, ...] = ()) -> tuple[Interrupt, ...]:
-    """What the tasks of a thread wait for, those inside subgraphs too, each once."""
+def pending_in(
+    state: StateSnapshot, path: tuple[str, ...] = (), answered: Collection[str] = frozenset()
+) -> tuple[Interrupt, ...]:
+    """What the tasks of a thread wait for, those inside subgraphs too, each once; nothing of tasks that are `answered`."""
     found: dict[str, Interrupt] = {}
     for task in state.tasks:
-        inner = pending_in(task.state, (*path, task.name)) if isinstance(task.state, StateSnapshot) else ()
+        if task.id in answered:
+            continue
+        inner = pending_in(task.state, (*path, task.name), answered) if isinstance(task.state, StateSnapshot) else ()
         # A graph that a node calls by itself is no subgraph to LangGraph; what it asks is known of the node.
         own = (people.read(raised, " / ".join((*path, task.name))) for raised in task.interrupts)
         for one in (*inner, *own):
@@ -183,15 +191,41 @@ def pending_in(state: StateSnapshot, path: tuple[str, ...] = ()) -> tuple[Interr
     return tuple(found.values())
 
 
-async def pending(graph: LoadedGraph, settings: Settings, thread_id: str) -> tuple[Interrupt, ...]:
-    """What a thread waits for. Hold its lease.
+async def pending(graph: LoadedGraph, settings: Settings, thread_id: str, *, waiting: bool) -> tuple[Interrupt, ...]:
+    """What a thread waits for. Hold its lease. Where its run is not `waiting` but failed or died, tasks whose answers LangGraph
+    has kept by then wait for none: given again, an answer would be taken for that to the task's next question.
 
     Raises:
         StoreBroken: the thread's checkpoints cannot be read.
     """
     async with _checkpointed(graph, settings, thread_id) as compiled:
         config: Any = {"configurable": {"thread_id": thread_id}}
-        return pending_in(await compiled.aget_state(config, subgraphs=True))
+        state = await compiled.aget_state(config, subgraphs=True)
+        return pending_in(state, answered=frozenset() if waiting else await _answered(compiled, state))
+
+
+async def _answered(compiled: Any, state: StateSnapshot) -> set[str]:
+    """Tasks of the step under way, those of its subgraphs too, that have an answer saved; a task is there with all of its own."""
+    config: Any = {"configurable": {"thread_id": state.config["configurable"]["thread_id"]}}
+    newest, found, known = state.config["configurable"]["checkpoint_id"], set(), _tasks(state)
+    async with aclosing(compiled.checkpointer.alist(config)) as checkpoints:
+        async for kept in checkpoints:
+            if kept.checkpoint["id"] < newest:
+                break
+            found |= {task for task, channel, _ in kept.pending_writes or () if channel == "__resume__"}
+    if found - known.keys():
+        # Of a graph that a node calls by itself; it is not told whose.
+        found |= set(known)
+    return found | {task for task, inner in known.items() if inner & found}
+
+
+def _tasks(state: StateSnapshot) -> dict[str, set[str]]:
+    """The tasks of a step and of its subgraphs, with those inside them."""
+    found: dict[str, set[str]] = {}
+    for task in state.tasks:
+        inner = _tasks(task.state) if isinstance(task.state, StateSnapshot) else {}
+        found |= {**inner, task.id: set(inner)}
+    return found
 
 
 @asynccontextmanager

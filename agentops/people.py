@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from agentops.errors import AnswerUnfit
-from agentops.records import Decision, Interrupt
+from agentops.records import Decision, Interrupt, content_hash
 from agentops.schema import violation
 
 if TYPE_CHECKING:
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 _DECISION: dict[str, Any] = {
     "type": "object",
-    "properties": {"kind": {"enum": ["approve", "edit", "reject"]}, "content": {}, "reason": {"type": "string"}},
+    "properties": {
+        "kind": {"enum": ["approve", "edit", "reject"]},
+        "content": {},
+        "reason": {"type": "string"},
+        "of": {"type": "string"},
+    },
     "required": ["kind"],
     "additionalProperties": False,
 }
@@ -29,12 +34,18 @@ def approve(question: str, content: Any, *, schema: dict[str, Any] | None = None
     """Stops the run until a person has approved, edited or rejected `content`, which is text or JSON.
 
     `schema` is what an edited content must fit; without one it must be of the same JSON type. The decision's content is
-    what to go on with: the proposal, or what the person made of it.
+    what to go on with: the proposal, or what the person made of it. A decision holds for what the person was shown: where the
+    node proposes something else when it runs again, the person is asked anew.
     """
     from langgraph.types import interrupt
 
     asked = {"kind": "approval", "question": question, "content": content, "schema": schema}
-    decision = Decision(**interrupt(asked, response_schema=_DECISION))
+    shown = _shown(question, content)
+    while True:
+        answer = interrupt(asked, response_schema=_DECISION)
+        if answer.get("of") == shown:
+            break
+    decision = Decision(answer["kind"], answer.get("content"), answer.get("reason", ""))
     return decision if decision.kind == "edit" else Decision(decision.kind, content, decision.reason)
 
 
@@ -68,7 +79,7 @@ def fitting(asked: Interrupt, answer: Any) -> Any:
             return None
         raise _unfit(asked, "nothing is asked there", "go on with: --approve")
     if asked.kind == "approval":
-        return asdict(_decision(asked, answer))
+        return {**asdict(_decision(asked, answer)), "of": _shown(asked.question, asked.content)}
     if isinstance(answer, Decision):
         # Somebody else's graph: yes and no are the values such graphs test for.
         answer = answer.content if answer.kind == "edit" else answer.kind == "approve"
@@ -90,7 +101,7 @@ def _decision(asked: Interrupt, given: Any) -> Decision:
     if isinstance(answer, dict):
         if wrong := violation(_DECISION, answer):
             raise _unfit(asked, wrong)
-        answer = Decision(**answer)
+        answer = Decision(answer["kind"], answer.get("content"), answer.get("reason", ""))
     if not isinstance(answer, Decision):
         raise _unfit(asked, f"{str(answer)[:80]!r} is no decision")
     if answer.kind != "edit":
@@ -108,6 +119,10 @@ def _decision(asked: Interrupt, given: Any) -> Decision:
     if answer.content in ("", None):
         raise _unfit(asked, "the edited content is empty", "to refuse it, use --reject")
     return answer
+
+
+def _shown(question: str, content: Any) -> str:
+    return content_hash(json.dumps([question, content], sort_keys=True, default=repr))
 
 
 def _parsed(text: str) -> Any:

@@ -20,7 +20,7 @@ from agentops import people
 from agentops.checkpoint import check_thread_id, lease
 from agentops.clock import Clock, Ids, SystemClock, UlidSource
 from agentops.engine import Engine
-from agentops.errors import AnswerUnfit, InputTooLarge, RunCancelled, ThreadBusy, UsageError
+from agentops.errors import AnswerUnfit, InputTooLarge, RetrieverUnavailable, RunCancelled, ThreadBusy, UsageError
 from agentops.execution import Outcome, Standing, execute, pending, standing
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
 from agentops.parts import open_embedder, open_engine, open_index
@@ -313,14 +313,25 @@ class Runtime:
                     hint="put long texts into a collection (agentops ingest), or raise engine.input_bytes",
                 )
             input = graph.as_input(input)  # noqa: A001
-        if collection is not None and graph.uses_context:
-            # Said before a model is loaded for nothing.
-            known = [one.name for one in self.index.collections()]
-            if collection not in known:
-                raise collection_not_found(collection, known)
+        if self.settings.tools.mcp is not None and self.settings.source("tools.mcp").startswith("--") and not graph.uses_context:
+            raise UsageError(
+                f"graph '{graph.name}' takes no tools of servers",
+                hint="build it with context_schema=agentops.Context, or drop --mcp",
+            )
         thread_id = check_thread_id(thread) if thread else self._ids.new("th")
         details = self._details({}, {"retrieval.collection": collection})
-        return self._go(graph, input, self._ids.new("run"), thread_id, details, budget)
+        return self._go(graph, input, self._ids.new("run"), thread_id, details, budget, collection)
+
+    def _check_collection(self, collection: str) -> None:
+        """Says that a collection is not there before a model is loaded for nothing."""
+        try:
+            known = [one.name for one in self.index.collections()]
+        except RetrieverUnavailable:
+            if self.settings.retrieval.on_error == "empty":
+                return
+            raise
+        if collection not in known:
+            raise collection_not_found(collection, known)
 
     async def _again(self, run_id: str, answers: _Answers, graph: Any, budget: Budget | None) -> AsyncGenerator[RunEvent, None]:
         row = await asyncio.to_thread(self._resumable, run_id)
@@ -340,6 +351,13 @@ class Runtime:
         for key in ("model.name", "retrieval.retriever", "retrieval.collection", "retrieval.k", "run.seed", "run.trim"):
             chosen = self.settings.get(key) if self.settings.source(key) != "default" else recorded.get(key)
             details[key] = given.get(key) or (chosen if chosen is not None else self.settings.get(key))
+        own = self.settings.tools
+        # What was forbidden when a run began is not allowed by taking it up again elsewhere.
+        for word in ("deny", "ask"):
+            details[f"tools.{word}"] = sorted({*getattr(own, word), *recorded.get(f"tools.{word}", ())})
+        details["tools.allow"] = list(own.allow or recorded.get("tools.allow", ()))
+        mcp = own.mcp or recorded.get("tools.mcp")
+        details["tools.mcp"] = str(mcp) if mcp else None
         return details
 
     def _resumable(self, run_id: str) -> RunRow:
@@ -360,8 +378,9 @@ class Runtime:
                 f"another run went on with thread {row.thread_id} after run {row.id}",
                 hint="it cannot be resumed without undoing that; start a new run on the thread",
             )
-        asked = await pending(graph, self.settings, row.thread_id) if at == "open" else ()
-        given = answers.fitted(asked, row.id, waiting=row.status == "waiting")
+        waiting = row.status == "waiting"
+        asked = await pending(graph, self.settings, row.thread_id, waiting=waiting) if at == "open" else ()
+        given = answers.fitted(asked, row.id, waiting=waiting)
         if row.status != "waiting":
             # Its process died, or it failed, before what was answered was done with.
             given = {**await asyncio.to_thread(self._answered, row, asked), **given}
@@ -414,7 +433,11 @@ class Runtime:
         thread_id: str,
         details: dict[str, Any],
         budget: Budget | None,
+        collection: str | None = None,
     ) -> AsyncGenerator[RunEvent, None]:
+        budget = _sound(budget) if budget else Budget(**asdict(self.settings.budget))
+        if collection is not None and graph.uses_context:
+            await asyncio.to_thread(self._check_collection, collection)
         resumed = isinstance(input, _Answers)
         with lease(self.settings, thread_id):
             at: Standing = "unborn"
@@ -422,7 +445,7 @@ class Runtime:
             if isinstance(input, _Answers):
                 input, told, at = await self._taken_up(graph, run_id, input)  # noqa: A001
             context = await asyncio.to_thread(self._context, graph, details) if graph.uses_context else None
-            meter = Meter(budget or Budget(**asdict(self.settings.budget)), self._clock)
+            meter = Meter(budget, self._clock)
             trace = self._tracer.start_run(
                 run_id=run_id,
                 thread_id=thread_id,
@@ -469,7 +492,13 @@ class Runtime:
             seed=details["run.seed"],
             trim=details["run.trim"],
             files=self.settings.files,
-            tool_settings=self.settings.tools,
+            tool_settings=replace(
+                self.settings.tools,
+                allow=tuple(details["tools.allow"]),
+                ask=tuple(details["tools.ask"]),
+                deny=tuple(details["tools.deny"]),
+                mcp=Path(details["tools.mcp"]) if details["tools.mcp"] else None,
+            ),
             clock=self._clock,
         )
 
@@ -494,6 +523,8 @@ class _Answers:
             if len(found) != 1:
                 why = "more than one interrupt begins with" if found else "nothing waits under"
                 raise AnswerUnfit(f"{why} '{key}' in run {run_id}; it may be answered already", hint=f"open: {open_ones}")
+            if found[0].id in given:
+                raise AnswerUnfit(f"interrupt {found[0].id} is answered twice", hint="give each one answer")
             given[found[0].id] = found[0], answer
         if self.one is not None:
             if not asked:
@@ -505,6 +536,13 @@ class _Answers:
             raise UsageError(f"run {run_id} waits for an answer", hint=f"see what it asks: agentops inbox {run_id}")
         made = {key: people.fitting(one, answer) for key, (one, answer) in given.items()}
         return {key: answer for key, answer in made.items() if answer is not None}
+
+
+def _sound(budget: Budget) -> Budget:
+    for name, value in asdict(budget).items():
+        if not value > 0:
+            raise UsageError(f"a budget of {value} {name} lets nothing run", hint="give more than 0")
+    return budget
 
 
 def _hash(value: Any) -> str:

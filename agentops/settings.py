@@ -1,8 +1,8 @@
 """One frozen tree of settings, and for each of them where its value came from.
 
-Later sources win: built-in default, `config.toml` in the user's configuration folder, `agentops.toml` in the current
-folder, environment variables, command-line flags. `model.name` is `name = "..."` under `[model]` in a file and
-`AGENTOPS_MODEL_NAME` in the environment. Nothing else in the package reads the environment or a settings file.
+Later sources win (of `tools.deny` and `tools.ask` all count): built-in default, `config.toml` in the user's configuration
+folder, `agentops.toml` in the current folder, environment variables, command-line flags. `model.name` is `name = "..."`
+under `[model]` in a file and `AGENTOPS_MODEL_NAME` in the environment. Nothing else in the package reads a settings file.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class ElasticsearchSettings:
 @dataclass(frozen=True, slots=True)
 class ToolSettings:
     allow: tuple[str, ...] = _about("tools that run without asking", ())
-    ask: tuple[str, ...] = _about("tools that a person approves first, whatever their graph says", ())
-    deny: tuple[str, ...] = _about("tools that never run", ())
+    ask: tuple[str, ...] = _about("tools that a person approves first, whatever their graph says", (), united=True)
+    deny: tuple[str, ...] = _about("tools that never run", (), united=True)
     mcp: Path | None = _about("file with the MCP servers whose tools graphs are given (mcp.json)")
     timeout_s: float = _about("a tool that takes longer has failed", 30.0, low=0.01, high=86_400)
     result_bytes: int = _about("of a longer result the model reads the beginning", 20_000, low=100, high=10_000_000)
@@ -192,20 +192,29 @@ def load_settings(
     """
     environment = os.environ if environment is None else environment
     found: dict[str, tuple[Any, str]] = {}
+    united: dict[str, list[tuple[Any, str]]] = {}
+
+    def give(key: str, value: Any, source: str) -> None:
+        found[key] = value, source
+        if key in _schema() and _schema()[key][1].metadata.get("united"):
+            united.setdefault(key, []).append((value, source))
+
     config_home = environment.get("AGENTOPS_CONFIG") or platformdirs.user_config_dir("agentops-runtime")
     for file in (Path(config_home) / "config.toml", (folder or Path.cwd()) / "agentops.toml"):
         for key, value in _read_file(file).items():
-            found[key] = value, str(file)
+            give(key, value, str(file))
     for key in _schema():
         if variable(key) in environment:
-            found[key] = environment[variable(key)], f"${variable(key)}"
+            give(key, environment[variable(key)], f"${variable(key)}")
     for key, value in (flags or {}).items():
         if value is not None:
-            found[key] = value, _FLAGS.get(key) or "--" + key.rpartition(".")[2].replace("_", "-")
+            give(key, value, _FLAGS.get(key) or "--" + key.rpartition(".")[2].replace("_", "-"))
     settings, sources = Settings(), {}
     for key, (raw, source) in found.items():
         section, spec, kind = _known(key, source)
         value = _convert(key, raw, kind, spec.metadata, source)
+        for earlier, named in united.get(key, ())[:-1]:
+            value = (*_convert(key, earlier, kind, spec.metadata, named), *value)
         settings = replace(settings, **{section: replace(getattr(settings, section), **{spec.name: value})})
         sources[key] = source
     return replace(settings, sources=sources)

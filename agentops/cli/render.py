@@ -221,10 +221,15 @@ def interrupt_lines(run_id: str, asked: Interrupt, *, several: bool = False, ful
     """What a run asks a person, cleaned, and the command that answers. `full` shows the whole content."""
     import json
 
+    from agentops.tracer import to_plain
+
     lines = [f"⏸ {one_line(asked.question, 200)}  ({asked.kind}, {one_line(asked.node, 60)}, id {asked.id})"]
     if asked.content is not None:
-        text = asked.content if isinstance(asked.content, str) else json.dumps(asked.content, ensure_ascii=False, indent=2)
+        content = to_plain(asked.content)
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, indent=2)
         lines += [f"    {line}" for line in clean(text).split("\n")] if full else [f"    {one_line(text, 100)}"]
+    if full and asked.kind == "question" and asked.schema is not None:
+        lines.append(f"    the answer must fit: {one_line(json.dumps(asked.schema), 400)}")
     answer = {"approval": "--approve | --edit FILE | --reject", "question": "--answer TEXT", "pause": "--approve"}[asked.kind]
     which = f"--id {asked.id[:8]} " if several else ""
     return [*lines, f"  answer with: agentops resume {run_id} {which}{answer}"]

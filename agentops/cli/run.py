@@ -100,6 +100,12 @@ def resume(
         str | None, typer.Option("--id", help="Which interrupt is answered, where several wait (see: agentops inbox).")
     ] = None,
     answers: Annotated[Path | None, typer.Option(help="A JSON file with several answers by the ids of their interrupts.")] = None,
+    mcp: Annotated[
+        Path | None,
+        typer.Option(help="File with MCP servers (mcp.json) whose tools the graph is given; they ask before they run."),
+    ] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="A tool that runs without asking. Repeat for several.")] = None,
+    deny: Annotated[list[str] | None, typer.Option(help="A tool that never runs. Repeat for several.")] = None,
     max_steps: MaxSteps = None,
     max_model_calls: MaxModelCalls = None,
     max_tokens: MaxTokens = None,
@@ -121,6 +127,9 @@ def resume(
     flags = {
         "model.name": model,
         "run.trim": trim or None,
+        "tools.mcp": mcp,
+        "tools.allow": allow,
+        "tools.deny": deny,
         "budget.steps": max_steps,
         "budget.model_calls": max_model_calls,
         "budget.tokens": max_tokens,

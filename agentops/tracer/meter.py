@@ -31,6 +31,7 @@ class Meter:
         """
         with self._lock:
             self._tokens = usage.computed_tokens + usage.output_tokens
+            self.check()
             if self._calls >= self.budget.model_calls:
                 self._refuse("model_calls")
             if self._tokens >= self.budget.tokens:
@@ -48,6 +49,8 @@ class Meter:
         """
         if self._spent is not None:
             raise self._spent
+        if self._clock.monotonic_ns() - self._begun_ns > self.budget.seconds * 1e9:
+            self._refuse("seconds")
 
     def spent(self, budget: str) -> BudgetSpent:
         """The error that says what is spent and what else was reached."""

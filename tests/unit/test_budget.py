@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import operator
 import subprocess
@@ -22,7 +23,7 @@ from langgraph.runtime import Runtime as Given
 
 from agentops import Context, Runtime, ScriptedEngine, Settings
 from agentops.engine import generate
-from agentops.errors import BudgetSpent
+from agentops.errors import BudgetSpent, NodeFailed, UsageError
 from agentops.records import Budget, Message, Request, RunResult
 from agentops.retrieval.embed import HashEmbedder
 from agentops.store import RunRow, open_store
@@ -212,3 +213,38 @@ def test_the_command_line_says_what_was_spent_and_ends_at_once(
     assert printed["status"] == "failed"
     if graph == "graph":
         assert printed["output"] == {"n": 7}
+
+
+def test_time_ends_a_loop_that_takes_no_notice_of_being_cancelled(runtime: Runtime) -> None:
+    turns = 0
+
+    async def deaf(state: State) -> State:
+        nonlocal turns
+        turns += 1
+        with contextlib.suppress(BaseException):
+            await asyncio.sleep(0.2)
+        return {"trail": ["deaf"]}
+
+    with pytest.raises(BudgetSpent, match="seconds are spent"):
+        runtime.run(forever(deaf), {"trail": []}, budget=replace(PLENTY, steps=1000, seconds=0.5))
+    assert turns < 10
+
+
+def test_a_limit_that_a_node_sets_for_a_graph_of_its_own_is_not_taken_for_ours(runtime: Runtime) -> None:
+    inner = StateGraph(State).add_node("work", lambda state: {"trail": ["in"]}).add_edge(START, "work").add_edge("work", "work")
+
+    async def outer(state: State) -> State:
+        await inner.compile().ainvoke({"trail": []}, {"recursion_limit": 3})
+        return {}
+
+    with pytest.raises(NodeFailed, match="Recursion limit of 3"):
+        runtime.run(forever(outer), {"trail": []}, budget=PLENTY)
+    looping = StateGraph(State, context_schema=Context).add_node("sub", inner.compile()).add_edge(START, "sub")
+    with pytest.raises(BudgetSpent, match="its 10 steps are spent"):
+        runtime.run(looping, {"trail": []}, budget=replace(PLENTY, steps=10))
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"seconds": float("nan")}, {"tokens": -1}])
+def test_a_budget_that_lets_nothing_run_is_refused(runtime: Runtime, wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="lets nothing run"):
+        runtime.run(forever(ask), {"trail": []}, budget=replace(PLENTY, **wrong))

@@ -50,7 +50,10 @@ PAUSE = Interrupt("i5", "pause", "stopped before send", "send")
     ],
 )
 def test_an_answer_that_fits_is_taken(asked: Interrupt, answer: Any, taken: Any) -> None:
-    assert fitting(asked, answer) == taken
+    fitted = fitting(asked, answer)
+    if asked.kind == "approval":
+        assert fitted.pop("of").startswith("b2:")
+    assert fitted == taken
 
 
 @pytest.mark.parametrize(

@@ -342,3 +342,70 @@ def test_the_folder_one_is_in_does_not_matter(console: Console, letters: Path) -
     run = console.json("run", "letters.py", '{"names": ["Ada"]}')["run_id"]
     elsewhere = Console(Path(os.sep), console.environment)
     assert elsewhere.json("resume", run, "--reject", "--reason", "no")["interrupts"][0]["question"] == "your name?"
+
+
+def test_an_answer_that_was_acted_upon_is_not_taken_for_the_next_question(settings: Settings) -> None:
+    done: list[str] = []
+    broken = True
+
+    def work(state: State) -> State:
+        if approve("pay?", {"to": "bob"}).kind == "approve":
+            done.append("paid")
+        if broken:
+            raise OSError("no network")
+        if approve("pay?", {"to": "bob"}).kind == "approve":
+            done.append("paid again")
+        if ask("delete everything?") is True:
+            done.append("deleted")
+        return {"text": "done"}
+
+    graph = single(work)
+    with Runtime(settings) as runtime:
+        run = runtime.run(graph, {"text": ""})
+        with pytest.raises(NodeFailed, match="no network"):
+            runtime.resume(run.run_id, answer=True, graph=graph)
+        with pytest.raises(AnswerUnfit, match="waits for no answer"):
+            runtime.resume(run.run_id, answer=Decision("reject"), graph=graph)
+        broken = False
+        run = runtime.resume(run.run_id, graph=graph)
+        assert [one.question for one in run.interrupts] == ["pay?"], "the second one is asked for itself"
+        run = runtime.resume(run.run_id, answer=Decision("reject"), graph=graph)
+        assert [one.question for one in run.interrupts] == ["delete everything?"]
+        run = runtime.resume(run.run_id, answer=False, graph=graph)
+    assert run.status == "done"
+    assert set(done) == {"paid"}
+
+
+def test_an_approval_holds_for_what_was_shown_and_for_nothing_else(settings: Settings) -> None:
+    proposals, sent = ["to bob", "to eve", "to eve"], []
+
+    def send(state: State) -> State:
+        decision = approve("send?", proposals.pop(0))
+        sent.append(decision.content)
+        return {"text": decision.content}
+
+    graph = single(send)
+    with Runtime(settings) as runtime:
+        run = runtime.run(graph, {"text": ""})
+        assert run.interrupts[0].content == "to bob"
+        run = runtime.resume(run.run_id, answer=True, graph=graph)
+        assert (run.status, run.interrupts[0].content, sent) == ("waiting", "to eve", [])
+        run = runtime.resume(run.run_id, answer=True, graph=graph)
+    assert (run.status, sent) == ("done", ["to eve"])
+
+
+def test_values_that_json_does_not_know_are_shown(letters: Path, console: Console) -> None:
+    (letters / "odd.py").write_text(
+        "import datetime\n"
+        "from typing import TypedDict\n"
+        "from langgraph.graph import START, StateGraph\n"
+        "from langgraph.types import interrupt\n"
+        "class State(TypedDict):\n    n: int\n"
+        "def work(state):\n"
+        "    asked = {'question': 'when?', 'at': datetime.datetime(2026, 1, 2)}\n"
+        "    return {'n': interrupt(asked, response_schema={'type': 'integer'})}\n"
+        "graph = StateGraph(State).add_node(work).add_edge(START, 'work')\n"
+    )
+    shown = console("run", "odd.py", '{"n": 0}')
+    assert "2026-01-02" in shown
+    assert 'the answer must fit: {"type": "integer"}' in shown
