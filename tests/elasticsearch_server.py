@@ -223,7 +223,15 @@ def distribution() -> Path:
 
 
 def _fetch(folder: Path) -> Path:
-    command = [_maven(), "-q", "-B", "dependency:copy", f"-Dartifact={ARTIFACT}", f"-DoutputDirectory={folder}"]
+    command = [
+        _maven(),
+        "-q",
+        "-B",
+        "-Dstyle.color=never",
+        "dependency:copy",
+        f"-Dartifact={ARTIFACT}",
+        f"-DoutputDirectory={folder}",
+    ]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=FETCH_S, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
