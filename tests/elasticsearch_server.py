@@ -416,7 +416,12 @@ def shared(name: str) -> Iterator[Server]:
         server = Server(**json.loads(record.read_text())) if record.exists() else None
         if server is None or not server.alive():
             # Not below our folder, which the server's user, who is another for root, need not be able to enter.
-            server = start(Path(tempfile.mkdtemp(prefix="agentops-elasticsearch-data-")), java_options=SHORT_LIVED)
+            data = Path(tempfile.mkdtemp(prefix="agentops-elasticsearch-data-"))
+            try:
+                server = start(data, java_options=SHORT_LIVED)
+            except BaseException:
+                shutil.rmtree(data, ignore_errors=True)
+                raise
             record.write_text(json.dumps(asdict(server)))
         me.touch()
     try:
