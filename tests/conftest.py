@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 import pytest
-from elasticsearch_server import Server, missing, shared
+from elasticsearch_server import Server, ServerError, distribution, find_java, shared
 
 from agentops.settings import Settings, load_settings
 
@@ -96,7 +96,10 @@ def session_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 def elasticsearch_server() -> Iterator[Server]:
     """A real server, shared by all processes of the test run. Where none can be started the test is skipped, and named at the
     end of the run."""
-    if why := missing():
+    try:
+        find_java()
+        distribution()
+    except ServerError as why:
         pytest.skip(f"{NO_ELASTICSEARCH}: {why}")
     with shared(os.environ.get("PYTEST_XDIST_TESTRUNUID") or f"run-{os.getpid()}") as server:
         yield server
