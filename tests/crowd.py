@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -100,6 +101,16 @@ def recorded(settings: Settings, conversations: list[list[RunResult]]) -> list[l
                 assert all(c.usage.cached_tokens + c.usage.computed_tokens == c.usage.input_tokens for c in calls)
                 found[-1].append(sorted(_signature(span, spans) for span in spans.values()))
     return found
+
+
+def difference(one: list[list[list[tuple[Any, ...]]]], other: list[list[list[tuple[Any, ...]]]]) -> str:
+    """Where two records differ, run by run, with the spans that only one of them has; empty where they are the same."""
+    lines = []
+    for talk, (these, those) in enumerate(zip(one, other, strict=True)):
+        for turn, (left, right) in enumerate(zip(these, those, strict=True)):
+            for name, only in (("first", Counter(left) - Counter(right)), ("second", Counter(right) - Counter(left))):
+                lines += [f"talk {talk}, turn {turn}, only in the {name}: {span}" for span in sorted(only.elements())]
+    return "\n".join(lines)
 
 
 def overlapping(settings: Settings, conversations: list[list[RunResult]]) -> int:

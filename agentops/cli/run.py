@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from agentops.records import RunEvent, RunResult
 
 
+Trim = Annotated[bool, typer.Option("--trim", help="Cut the oldest part of a prompt that does not fit the context.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer and its sources.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Mcp = Annotated[
+    Path | None,
+    typer.Option(help="File with MCP servers (mcp.json) whose tools the graph is given; they ask before they run."),
+]
+Allow = Annotated[list[str] | None, typer.Option(help="A tool that runs without asking. Repeat for several.")]
+Deny = Annotated[list[str] | None, typer.Option(help="A tool that never runs. Repeat for several.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop after so many supersteps.")]
 MaxModelCalls = Annotated[int | None, typer.Option("--max-model-calls", help="Stop after so many model calls.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Stop after so many computed and output tokens.")]
@@ -47,21 +56,18 @@ def run(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Catalogue name, local folder or hub id.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
-    trim: Annotated[bool, typer.Option("--trim", help="Cut the oldest part of a prompt that does not fit the context.")] = False,
-    mcp: Annotated[
-        Path | None,
-        typer.Option(help="File with MCP servers (mcp.json) whose tools the graph is given; they ask before they run."),
-    ] = None,
-    allow: Annotated[list[str] | None, typer.Option(help="A tool that runs without asking. Repeat for several.")] = None,
-    deny: Annotated[list[str] | None, typer.Option(help="A tool that never runs. Repeat for several.")] = None,
+    trim: Trim = False,
+    mcp: Mcp = None,
+    allow: Allow = None,
+    deny: Deny = None,
     max_steps: MaxSteps = None,
     max_model_calls: MaxModelCalls = None,
     max_tokens: MaxTokens = None,
     max_seconds: MaxSeconds = None,
     retriever: Retriever = None,
     es_url: EsUrl = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer and its sources.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a graph: steps and tokens as they come, then the answer, its sources and what it cost."""
     given = _read_input(text, file)
@@ -100,12 +106,9 @@ def resume(
         str | None, typer.Option("--id", help="Which interrupt is answered, where several wait (see: agentops inbox).")
     ] = None,
     answers: Annotated[Path | None, typer.Option(help="A JSON file with several answers by the ids of their interrupts.")] = None,
-    mcp: Annotated[
-        Path | None,
-        typer.Option(help="File with MCP servers (mcp.json) whose tools the graph is given; they ask before they run."),
-    ] = None,
-    allow: Annotated[list[str] | None, typer.Option(help="A tool that runs without asking. Repeat for several.")] = None,
-    deny: Annotated[list[str] | None, typer.Option(help="A tool that never runs. Repeat for several.")] = None,
+    mcp: Mcp = None,
+    allow: Allow = None,
+    deny: Deny = None,
     max_steps: MaxSteps = None,
     max_model_calls: MaxModelCalls = None,
     max_tokens: MaxTokens = None,
@@ -113,9 +116,9 @@ def resume(
     retriever: Retriever = None,
     es_url: EsUrl = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Another model than the run began with.")] = None,
-    trim: Annotated[bool, typer.Option("--trim", help="Cut the oldest part of a prompt that does not fit the context.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer and its sources.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    trim: Trim = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Go on with a run that crashed, failed, was cancelled or waits, from its last checkpoint."""
     said = _said(answer, approve=approve, edit=edit, reject=reject, reason=reason)

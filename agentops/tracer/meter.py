@@ -22,15 +22,18 @@ class Meter:
         self._spent: BudgetSpent | None = None
         self._lock = threading.Lock()
 
-    def admit(self, usage: Usage) -> None:
-        """Counts a model call, `usage` having been spent before it. Calls under way are not interrupted: the tokens of as many
-        as run side by side may go beyond the budget.
+    def used(self, usage: Usage) -> None:
+        """Notes all that the calls which have ended cost."""
+        self._tokens = usage.computed_tokens + usage.output_tokens
+
+    def admit(self) -> None:
+        """Counts a model call. Calls under way are not interrupted: the tokens of as many as run side by side may go beyond
+        the budget.
 
         Raises:
             BudgetSpent
         """
         with self._lock:
-            self._tokens = usage.computed_tokens + usage.output_tokens
             self.check()
             if self._calls >= self.budget.model_calls:
                 self._refuse("model_calls")

@@ -198,7 +198,7 @@ class RunTrace:
             BudgetSpent: the run may make no more of them.
         """
         if self._meter is not None:
-            self._meter.admit(self._usage)
+            self._meter.admit()
 
     def check(self) -> None:
         """
@@ -414,6 +414,8 @@ class RunTrace:
                 return
             if usage is not None:
                 self._usage += usage
+                if self._meter is not None:
+                    self._meter.used(self._usage)
         status = status or _status_of(error)
         closing.row.update(columns)
         self._guarded(self._finish, closing, status, error if status == "error" else None, usage, timing)

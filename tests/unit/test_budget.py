@@ -78,6 +78,7 @@ def test_a_loop_that_never_ends_is_ended(
     assert isinstance(result, RunResult)
     assert result.status == "failed"
     assert result.output == {"trail": ["yes it is"] * steps}, "what was reached"
+    assert f"{result.usage.computed_tokens + result.usage.output_tokens:,} tokens" in str(stopped.value)
     recorded = row(settings, result.run_id)
     assert recorded.status == "failed"
     assert "spent" in str(recorded.error)

@@ -81,6 +81,7 @@ def test_a_graph_answers_from_the_server(elastic_settings: Settings, open_runtim
     runtime.index.upsert("tea", DOCUMENTS)
     result = runtime.run("rag", QUESTION, collection="tea")
     assert result.output["answer"] == "Green tea is brewed at 80 degrees. [1]"
+    catch_up(elastic_settings)
     with open_store(elastic_settings) as store:
         assert store.run(result.run_id).settings["retrieval.retriever"] == "elasticsearch"
 

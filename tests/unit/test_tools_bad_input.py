@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,8 @@ from agentops.tracer import catch_up
 from tests.unit.test_tools import call, graph, tool_spans
 
 QUICK = ToolSettings(timeout_s=0.2, result_bytes=1_000)
+PATIENT = replace(QUICK, timeout_s=60.0)
+"""Where it is not the time that is looked at."""
 
 
 @pytest.fixture
@@ -104,7 +107,7 @@ class Unspeakable(Exception):
 )
 async def test_what_a_tool_does_wrong_is_told_to_the_model(body: Any, said: str) -> None:
     for one in both(body):
-        result = await Toolbox([one]).perform(call("act"), QUICK)
+        result = await Toolbox([one]).perform(call("act"), PATIENT)
         assert result.status == "failed"
         assert said in result.content
         assert len(result.content) < 1_500
