@@ -73,7 +73,7 @@ def lease(settings: Settings, thread_id: str) -> Iterator[None]:
         except BlockingIOError:
             raise ThreadBusy(
                 f"thread {thread_id} is in use by another run",
-                hint="wait for it to end (agentops runs --status running), or use another --thread",
+                hint="wait for it to end (agentops runs --status running); a new run may have another --thread",
             ) from None
         yield
     finally:

@@ -105,9 +105,16 @@ async def _equipped(context: Context | None) -> AsyncIterator[Context | None]:
     if context is None or context.tool_settings.mcp is None:
         yield context
         return
-    from agentops.tools.mcp import open_servers
+    from agentops.tools import no_such_tool
+    from agentops.tools.mcp import open_servers, server_names
 
-    async with open_servers(context.tool_settings.mcp, context.tool_settings.timeout_s) as tools:
+    wanted, servers = context.tool_settings, server_names(context.tool_settings.mcp)
+    async with open_servers(context.tool_settings.mcp, wanted.timeout_s) as tools:
+        for word in ("allow", "ask", "deny"):
+            for name in getattr(wanted, word):
+                theirs = [one for one in servers if name.startswith(f"{one}_")]
+                if theirs and name not in (offered := {one.name for one in tools}):
+                    raise no_such_tool(f"tools.{word}", name, f"server '{theirs[0]}'", offered)
         yield replace(context, tools=tools)
 
 

@@ -6,11 +6,13 @@ This module does not run graphs and records nothing.
 
 from __future__ import annotations
 
+import inspect
 import json
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CellType
 from typing import TYPE_CHECKING, Any
 
 from agentops.checkpoint import schema_types
@@ -195,23 +197,34 @@ class LoadedGraph:
         graphs = [self.compiled, *(inner for _, inner in self.compiled.get_subgraphs(recurse=True))]
         return schema_types(*(schema for one in graphs for schema in getattr(getattr(one, "builder", None), "schemas", {})))
 
+    @property
+    def tools(self) -> frozenset[str]:
+        """Names of the tools that stand in the files of this graph and of the graphs it uses: by themselves, in a list or dict,
+        or in a toolbox. Tools that are made while it runs are not among them."""
+        return frozenset(_tools(self.compiled, set()))
+
     def as_input(self, text: str) -> Any:
         """A command line's text as this graph's input: a JSON object as it is, else under `question`, `messages`,
         or the only text field that the input schema has.
 
         Raises:
-            UsageError: no field fits.
+            UsageError: no field fits, or the object has one that the graph does not.
         """
+        schema = getattr(getattr(self.compiled, "builder", None), "input_schema", None)
+        hints = typing.get_type_hints(schema) if schema is not None else {}
         if text.lstrip().startswith("{"):
             try:
-                return json.loads(text)
+                given = json.loads(text)
             except (json.JSONDecodeError, RecursionError) as error:
                 raise UsageError(
                     f"the input starts like a JSON object but is none: {error}",
                     hint='quote it for the shell: \'{"key": "value"}\'',
                 ) from error
-        schema = getattr(getattr(self.compiled, "builder", None), "input_schema", None)
-        hints = typing.get_type_hints(schema) if schema is not None else {}
+            if hints and (strange := [key for key in given if key not in hints]):
+                raise UsageError(
+                    f"graph '{self.name}' has no field '{strange[0]}'", hint=f"the graph's fields are: {', '.join(hints)}"
+                )
+            return given
         if "question" in hints:
             return {"question": text}
         if "messages" in hints:
@@ -223,6 +236,37 @@ class LoadedGraph:
         raise UsageError(
             f"graph '{self.name}' takes no plain text", hint=f"give a JSON object as input; the graph's fields are: {fields}"
         )
+
+
+def _tools(found: Any, seen: set[int]) -> Iterator[str]:
+    """Names of tools in what a graph's nodes can see, and in what those of its subgraphs can."""
+    from langchain_core.tools import BaseTool
+    from langgraph.graph import StateGraph
+    from langgraph.pregel import Pregel
+
+    from agentops.tools import Toolbox
+
+    if id(found) in seen:
+        return
+    seen.add(id(found))
+    if isinstance(found, BaseTool):
+        yield found.name
+    elif isinstance(found, dict | list | tuple | Toolbox):
+        for one in list(found.values() if isinstance(found, dict) else found):
+            if isinstance(one, BaseTool):
+                yield one.name
+    elif isinstance(found, StateGraph | Pregel):
+        for node in dict(found.nodes).values():
+            bound = getattr(node, "bound", None) or getattr(node, "runnable", None)
+            function: Any = getattr(bound, "func", None) or getattr(bound, "afunc", None)
+            function = inspect.unwrap(getattr(function, "func", function))
+            visible = getattr(function, "__globals__", {})
+            inside = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != CellType()]
+            if id(visible) not in seen:
+                seen.add(id(visible))
+                inside += visible.values()
+            for one in (bound, *inside):
+                yield from _tools(one, seen)
 
 
 def load_graph(reference: str, *, recorded: bool = False) -> LoadedGraph:

@@ -39,9 +39,10 @@ def open_embedder(settings: Settings, progress: Progress | None = None) -> Embed
         ModelError
     """
     from agentops.engine.models import prepare
+    from agentops.engine.workers import cores
     from agentops.retrieval.embed import open_embedder as open_encoder
 
-    return open_encoder(prepare(settings.retrieval.embedder, settings, progress), settings.engine.threads)
+    return open_encoder(prepare(settings.retrieval.embedder, settings, progress), settings.engine.threads or cores())
 
 
 def open_index(settings: Settings, embedder: Embedder | Callable[[], Embedder] | None = None) -> Index:

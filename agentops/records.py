@@ -344,12 +344,14 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True)
 class StepStarted:
-    """A node begins. `path` names enclosing subgraphs, outermost first."""
+    """A node begins. `path` names enclosing subgraphs, outermost first; `span` is its id on record, which tells it from
+    others of the same name that run beside it."""
 
     run_id: str
     node: str
     step: int
     path: tuple[str, ...] = ()
+    span: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,15 +364,17 @@ class StepEnded:
     status: SpanStatus
     duration_ms: float
     detail: str = ""
+    span: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """Text as a model makes it inside `node`."""
+    """Text as a model makes it inside `node`; `span` is that of the step."""
 
     run_id: str
     node: str
     text: str
+    span: str = ""
 
 
 RunEvent = RunStarted | StepStarted | StepEnded | Token | RunResult

@@ -29,6 +29,7 @@ from agentops.retrieval import Embedder, Index, LenientRetriever, collection_not
 from agentops.settings import Settings, load_settings
 from agentops.store import RunRow, open_store
 from agentops.sync import iterate_sync, run_sync
+from agentops.tools import no_such_tool
 from agentops.tracer import Meter, TracedEngine, TracedRetriever, catch_up, open_tracer
 
 if TYPE_CHECKING:
@@ -320,7 +321,21 @@ class Runtime:
             )
         thread_id = check_thread_id(thread) if thread else self._ids.new("th")
         details = self._details({}, {"retrieval.collection": collection})
+        self._check_tools(graph, details)
         return self._go(graph, input, self._ids.new("run"), thread_id, details, budget, collection)
+
+    def _check_tools(self, graph: LoadedGraph, details: Mapping[str, Any]) -> None:
+        """Says that a file of servers cannot be used, or that the command line allows or denies a tool that is not there,
+        before anything is loaded for nothing. The tools of servers are looked at when these have started."""
+        servers: list[str] = []
+        if details["tools.mcp"] and graph.uses_context:
+            from agentops.tools.mcp import server_names
+
+            servers = server_names(Path(details["tools.mcp"]))
+        for word in ("allow", "ask", "deny"):
+            for name in self.settings.flags.get(f"tools.{word}", ()):
+                if name not in graph.tools and not name.startswith(tuple(f"{server}_" for server in servers)):
+                    raise no_such_tool(f"--{word}", name, f"graph '{graph.name}'", graph.tools)
 
     def _check_collection(self, collection: str) -> None:
         """Says that a collection is not there before a model is loaded for nothing."""
@@ -341,6 +356,7 @@ class Runtime:
             )
         loaded = self._load(graph) if graph is not None else load_graph(row.graph, recorded=True)
         details = self._details(row.settings, {})
+        self._check_tools(loaded, details)
         async with contextlib.aclosing(self._go(loaded, answers, row.id, row.thread_id, details, budget)) as events:
             async for event in events:
                 yield event

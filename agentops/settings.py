@@ -126,6 +126,8 @@ class Settings:
     record: RecordSettings = field(default_factory=RecordSettings)
     run: RunSettings = field(default_factory=RunSettings)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    flags: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What the command line gave, by key; for settings that unite what all sources say."""
 
     def source(self, key: str) -> str:
         return self.sources.get(key, "default")
@@ -155,7 +157,7 @@ def is_secret(key: str) -> bool:
 def _schema() -> dict[str, tuple[str, Any, Any]]:
     found: dict[str, tuple[str, Any, Any]] = {}
     for section, kind in get_type_hints(Settings).items():
-        if section == "sources":
+        if section in ("sources", "flags"):
             continue
         hints = get_type_hints(kind)
         for spec in fields(kind):
@@ -209,15 +211,17 @@ def load_settings(
     for key, value in (flags or {}).items():
         if value is not None:
             give(key, value, _FLAGS.get(key) or "--" + key.rpartition(".")[2].replace("_", "-"))
-    settings, sources = Settings(), {}
+    settings, sources, flagged = Settings(), {}, {}
     for key, (raw, source) in found.items():
         section, spec, kind = _known(key, source)
         value = _convert(key, raw, kind, spec.metadata, source)
+        if (flags or {}).get(key) is not None:
+            flagged[key] = value
         for earlier, named in united.get(key, ())[:-1]:
             value = (*_convert(key, earlier, kind, spec.metadata, named), *value)
         settings = replace(settings, **{section: replace(getattr(settings, section), **{spec.name: value})})
         sources[key] = source
-    return replace(settings, sources=sources)
+    return replace(settings, sources=sources, flags=flagged)
 
 
 def _read_file(file: Path) -> dict[str, Any]:

@@ -180,7 +180,8 @@ def answered(state: State) -> str:
 async def _worded(state: State, request: str, context: Context) -> str:
     tried = state["tried"]
     if tried and tried[-1].status == "ok":
-        return await sentence(tried[-1].content, request, context)
+        unwanted = [_told(result) for result in tried if result.status in ("refused", "denied")]
+        return " ".join([*unwanted, await sentence(tried[-1].content, request, context)])
     if tried:
         return " ".join(_told(result) for result in tried)
     if state["chosen"] == TALK:

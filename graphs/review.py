@@ -67,7 +67,9 @@ async def draft(state: State) -> State:
 
 async def decide(state: State) -> State:
     """Waits for a person."""
-    decision = approve(f"File this answer to “{state['question']}”?", state["answer"])
+    places = "; ".join(f"[{one['n']}] {one['source']}: {one['heading']}" for one in state["sources"])
+    question = f"File this answer to “{state['question']}”?" + (f" It is from {places}" if places else " It has no source.")
+    decision = approve(question, state["answer"])
     if decision.kind == "reject":
         gone = Rejected(answer=state["answer"], reason=decision.reason)
         return {"rejected": [*state["rejected"], gone], "answer": NOT_FILED, "sources": [], "outcome": "rejected"}

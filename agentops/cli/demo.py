@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 def demo(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Catalogue name, local folder or hub id.")] = None,
 ) -> None:
-    """Prepare the model, read the documentation, ask three questions about it, and show how an answer came about."""
+    """Ask three questions about the documentation. Prepares the model, reads the pages, and shows how an answer came about."""
     from agentops.cli.documents import ingest
     from agentops.cli.models import prepare
     from agentops.cli.progress import stages

@@ -47,7 +47,7 @@ def ingest(
     es_url: EsUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Read documents into a collection, and take out what has left the folders given.
+    """Read documents into a collection. What has left the folders given is taken out.
 
     What did not change is not embedded again. A file that cannot be read is listed, the others go in; the exit code is 1
     when none could be read.
@@ -105,7 +105,7 @@ def search(
     es_url: EsUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what a question finds in a collection, without asking the model."""
+    """Show what a question finds in a collection. No model is asked."""
     from agentops.records import Query
     from agentops.sync import run_sync
 

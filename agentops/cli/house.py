@@ -70,7 +70,7 @@ def config(
     key: Annotated[str | None, typer.Argument(help="One setting (model.name) or one section (model).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show every setting, its value, which source won, and what it means."""
+    """Show every setting: its value, its source, its meaning."""
     from agentops.cli.render import clean
     from agentops.settings import Settings, describe, is_secret, load_settings, variable
 

@@ -26,7 +26,7 @@ def init(
     name: Annotated[str | None, typer.Option("--name", help="Name of the graph. Default: that of the folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Add what is missing to a folder with files; none is changed.")] = False,
 ) -> None:
-    """Make a small project: a graph, a tool, prompts, and a test that needs no model."""
+    """Make a small project. It has a graph, a tool, prompts, and a test that needs no model."""
     from agentops.cli.render import clean
 
     graph = _checked(name, folder) if name is not None else _from_folder(folder)

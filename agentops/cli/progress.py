@@ -27,11 +27,14 @@ _WORDS = {
 
 
 @contextmanager
-def stages(title: str = "model") -> Iterator[Stages]:
+def stages(title: str = "model", *, quiet: bool = False) -> Iterator[Stages]:
     """A bar for the stage that is under way; where standard error is no terminal, a line when it begins and when it ends.
 
     Between stages nothing is drawn, so that a stream of tokens may follow.
     """
+    if quiet:
+        yield lambda stage, done, total: None
+        return
     shown: _Shown = _Bars(title) if sys.stderr.isatty() else _Lines(title)
     current = ""
 

@@ -108,7 +108,7 @@ def show(
     documents: Annotated[bool, typer.Option(help="What every search found.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show a run: a tree of its steps with tokens, times and a waterfall; or one of its spans."""
+    """Show a run as a tree, or one of its spans. The tree has tokens, times and a waterfall."""
     from agentops.cli.render import interrupt_lines
 
     with _record() as store:

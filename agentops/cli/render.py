@@ -223,14 +223,15 @@ def interrupt_lines(run_id: str, asked: Interrupt, *, several: bool = False, ful
 
     from agentops.tracer import to_plain
 
-    lines = [f"⏸ {one_line(asked.question, 200)}  ({asked.kind}, {one_line(asked.node, 60)}, id {asked.id})"]
+    lines = [f"⏸ {one_line(asked.question, 500)}  ({asked.kind}, {one_line(asked.node, 60)}, id {asked.id})"]
     if asked.content is not None:
         content = to_plain(asked.content)
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, indent=2)
         lines += [f"    {line}" for line in clean(text).split("\n")] if full else [f"    {one_line(text, 100)}"]
     if full and asked.kind == "question" and asked.schema is not None:
         lines.append(f"    the answer must fit: {one_line(json.dumps(asked.schema), 400)}")
-    answer = {"approval": "--approve | --edit FILE | --reject", "question": "--answer TEXT", "pause": "--approve"}[asked.kind]
+    edited = "--edit FILE" if asked.content is None or isinstance(asked.content, str) else "--edit FILE (of JSON)"
+    answer = {"approval": f"--approve | {edited} | --reject", "question": "--answer TEXT", "pause": "--approve"}[asked.kind]
     which = f"--id {asked.id[:8]} " if several else ""
     return [*lines, f"  answer with: agentops resume {run_id} {which}{answer}"]
 

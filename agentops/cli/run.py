@@ -30,7 +30,9 @@ Allow = Annotated[list[str] | None, typer.Option(help="A tool that runs without 
 Deny = Annotated[list[str] | None, typer.Option(help="A tool that never runs. Repeat for several.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop after so many supersteps.")]
 MaxModelCalls = Annotated[int | None, typer.Option("--max-model-calls", help="Stop after so many model calls.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Stop after so many computed and output tokens.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", help="Stop after so many computed and output tokens; calls under way still end.")
+]
 MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Stop after this time.")]
 Retriever = Annotated[str | None, typer.Option("--retriever", help="Where documents are: embedded or elasticsearch.")]
 EsUrl = Annotated[str | None, typer.Option("--es-url", help="Address of the Elasticsearch server.")]
@@ -69,7 +71,7 @@ def run(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a graph: steps and tokens as they come, then the answer, its sources and what it cost."""
+    """Run a graph and show its answer. Steps and tokens come first, then the answer, its sources and what it cost."""
     given = _read_input(text, file)
     flags = {
         "model.name": model,
@@ -86,8 +88,9 @@ def run(
         "retrieval.retriever": retriever,
         "elasticsearch.url": es_url,
     }
-    with _runtime(flags) as runtime:
-        follow(runtime.stream(graph, given, thread=thread, collection=collection), quiet=quiet, as_json=as_json)
+    with _runtime(flags, quiet=quiet) as runtime:
+        events = runtime.stream(graph, given, thread=thread, collection=collection)
+        follow(events, quiet=quiet, as_json=as_json, files=runtime.settings.files)
 
 
 def resume(
@@ -120,7 +123,7 @@ def resume(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Go on with a run that crashed, failed, was cancelled or waits, from its last checkpoint."""
+    """Go on with a run that ended early or waits for an answer. It goes on from its last checkpoint."""
     said = _said(answer, approve=approve, edit=edit, reject=reject, reason=reason)
     by_id = _read_answers(answers) if answers else {}
     if said is None and interrupt is not None:
@@ -140,8 +143,9 @@ def resume(
         "retrieval.retriever": retriever,
         "elasticsearch.url": es_url,
     }
-    with _runtime(flags) as runtime:
-        follow(runtime.stream_resume(run_id, answer=said, answers=by_id), quiet=quiet, as_json=as_json)
+    with _runtime(flags, quiet=quiet) as runtime:
+        events = runtime.stream_resume(run_id, answer=said, answers=by_id)
+        follow(events, quiet=quiet, as_json=as_json, files=runtime.settings.files)
 
 
 def _said(answer: str | None, *, approve: bool, edit: Path | None, reject: bool, reason: str) -> Any:
@@ -200,12 +204,12 @@ def _read_input(text: str | None, file: Path | None) -> str:
 
 
 @contextlib.contextmanager
-def _runtime(flags: dict[str, Any]) -> Iterator[Any]:
+def _runtime(flags: dict[str, Any], *, quiet: bool) -> Iterator[Any]:
     from agentops.cli.progress import stages
     from agentops.settings import load_settings
 
     settings = load_settings(flags)
-    with stages(settings.model.name) as progress:
+    with stages(settings.model.name, quiet=quiet) as progress:
         progress("start", 0, 0)
         from agentops.runtime import Runtime
 
@@ -214,45 +218,33 @@ def _runtime(flags: dict[str, Any]) -> Iterator[Any]:
             yield runtime
 
 
-def follow(events: Generator[RunEvent, None, None], *, quiet: bool = False, as_json: bool = False) -> RunResult:
-    """Shows a run while it happens, and its result at the end.
+def follow(
+    events: Generator[RunEvent, None, None], *, quiet: bool = False, as_json: bool = False, files: Path | None = None
+) -> RunResult:
+    """Shows a run while it happens, and its result at the end. `files` is the folder that graphs write in.
 
     Raises:
         RunCancelled: Ctrl-C; the run is on record and can be resumed.
     """
-    from agentops.cli.render import clean
-    from agentops.records import RunResult, RunStarted, StepEnded, StepStarted, Token
+    from agentops.records import RunResult, RunStarted
 
-    silent = quiet or as_json
+    steps = None if quiet or as_json else _Steps()
     run_id = ""
-    open_line = False
     result: RunResult | None = None
-
-    def say(text: str, end: str = "\n") -> None:
-        if not silent:
-            print(text, end=end, file=sys.stderr, flush=True)
-
     try:
         # Closed before anything else ends, so that a run that is left half-way is on record as cancelled.
         with contextlib.closing(events):
             for event in events:
                 if isinstance(event, RunStarted):
                     run_id = event.run_id
-                elif isinstance(event, StepStarted):
-                    say(("\n" if open_line else "") + f"▸ {clean(' / '.join((*event.path, event.node)))}")
-                    open_line = False
-                elif isinstance(event, Token):
-                    say(("" if open_line else "  ") + clean(event.text), end="")
-                    open_line = True
-                elif isinstance(event, StepEnded):
-                    say(("\n" if open_line else "") + clean(_ended(event)))
-                    open_line = False
                 elif isinstance(event, RunResult):
                     result = event
                     if as_json:
                         _print_json(event)
                     else:
-                        _print_result(event, quiet=quiet)
+                        _print_result(event, quiet=quiet, files=files)
+                elif steps is not None:
+                    steps.show(event)
     except KeyboardInterrupt:
         said = f"run {run_id} was cancelled" if run_id else "cancelled before the run began"
         raise RunCancelled(said, run_id=run_id, hint="" if run_id else "nothing was recorded") from None
@@ -261,10 +253,66 @@ def follow(events: Generator[RunEvent, None, None], *, quiet: bool = False, as_j
     return result
 
 
+class _Steps:
+    """Steps and what the model writes in them, as they come, on standard error. Of steps side by side one has the floor: while
+    it is in the middle of a line, the others wait, and what their model writes follows in one piece."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+        self._held: dict[str, str] = {}
+        self._later: list[str] = []
+        self._floor = self._last = ""
+        self._midline = False
+
+    def show(self, event: RunEvent) -> None:
+        from agentops.cli.render import clean
+        from agentops.records import StepEnded, StepStarted, Token
+
+        if isinstance(event, StepStarted):
+            self._names[event.span] = clean(" / ".join((*event.path, event.node)))
+            if not self._midline:
+                self._begin(event.span)
+        elif isinstance(event, Token):
+            self._held[event.span] = self._held.get(event.span, "") + clean(event.text)
+            if not self._midline and self._floor != event.span:
+                self._begin(event.span)
+            if self._floor == event.span:
+                print(("" if self._midline else "  ") + self._held.pop(event.span), end="", file=sys.stderr, flush=True)
+                self._midline = True
+        elif isinstance(event, StepEnded):
+            self._end(event.span, clean(_ended(event)))
+
+    def _begin(self, span: str) -> None:
+        if self._last != (head := f"▸ {self._names.get(span, '')}") or span not in self._held:
+            self._line(head)
+        self._floor = span
+
+    def _end(self, span: str, ended: str) -> None:
+        name, held = self._names.pop(span, ""), self._held.pop(span, "")
+        if self._floor == span:
+            self._line(f"  {ended}")
+            self._floor = ""
+            for line in self._later:
+                self._line(line)
+            self._later.clear()
+            return
+        mark, _, rest = ended.partition(" ")
+        lines = [f"▸ {name}", f"  {held}", f"  {ended}"] if held else [f"{mark} {name}  {rest}"]
+        if self._midline:
+            self._later += lines
+            return
+        for line in lines:
+            self._line(line)
+
+    def _line(self, text: str) -> None:
+        print(("\n" if self._midline else "") + text, file=sys.stderr, flush=True)
+        self._midline = False
+        self._last = text
+
+
 def _ended(event: Any) -> str:
     mark = {"ok": "✓", "interrupted": "⏸", "cancelled": "■"}.get(event.status, "✗")
-    detail = f"  {event.detail}" if event.detail else ""
-    return f"  {mark} {event.duration_ms / 1000:.1f} s{detail}"
+    return f"{mark} {event.duration_ms / 1000:.1f} s" + (f"  {event.detail}" if event.detail else "")
 
 
 def _print_json(result: RunResult) -> None:
@@ -274,7 +322,7 @@ def _print_json(result: RunResult) -> None:
     print(json.dumps(to_plain(dataclasses.asdict(plain))))
 
 
-def _print_result(result: RunResult, *, quiet: bool) -> None:
+def _print_result(result: RunResult, *, quiet: bool, files: Path | None) -> None:
     from agentops.cli.render import clean
 
     output = result.output if isinstance(result.output, dict) else {"output": result.output}
@@ -292,6 +340,8 @@ def _print_result(result: RunResult, *, quiet: bool) -> None:
             print()
         for number, source in enumerate(sources, 1):
             print(clean(_source(source, number)))
+        if files is not None and isinstance(written := output.get("file"), str) and written:
+            print(clean(f"\nwritten: {files / written}"))
     if not quiet:
         usage = result.usage
         print(

@@ -53,8 +53,9 @@ class _Shape(NamedTuple):
 class EncoderEmbedder:
     """A BERT encoder from a local folder (`config.json`, `model.safetensors`, `tokenizer.json`).
 
-    Safe to use from several threads. Texts longer than `max_tokens` are cut. `threads` above 0 sets torch's number of
-    threads, which is one for the whole process.
+    Safe to use from several threads, and the same text has the same vector in each of them, to the last bit. Texts longer
+    than `max_tokens` are cut. `threads` is how many torch computes with; 0 for as many as it would in the thread that embeds
+    first.
     """
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
@@ -106,6 +107,9 @@ class EncoderEmbedder:
         if not texts:
             return out
         weights = self._load()
+        # torch keeps the number of threads per calling thread, and sums are cut up by it: with another one the last bits differ.
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
         # Nothing beyond the cut matters; tokenizing megabytes of it would.
         rows = [encoding.ids for encoding in self._cutting.encode_batch([text[:_CHARACTERS] for text in texts])]
         with torch.inference_mode():
@@ -124,8 +128,7 @@ class EncoderEmbedder:
             if self._weights is None:
                 import torch
 
-                if self._threads > 0:
-                    torch.set_num_threads(self._threads)
+                self._threads = self._threads or torch.get_num_threads()
                 self._weights = _Weights.read(self._folder / "model.safetensors", self._shape)
             return self._weights
 

@@ -6,7 +6,7 @@ waits for a person, and whatever goes wrong comes back as text for the model. Wh
 
 from __future__ import annotations
 
-from agentops.tools.box import Toolbox
+from agentops.tools.box import Toolbox, no_such_tool
 from agentops.tools.declare import effect_of, tool
 
-__all__ = ["Toolbox", "effect_of", "tool"]
+__all__ = ["Toolbox", "effect_of", "no_such_tool", "tool"]

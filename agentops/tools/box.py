@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any, get_args
 
 from langchain_core.tools import BaseTool
@@ -178,6 +179,16 @@ class Toolbox:
 
     def _known(self) -> str:
         return f"there are: {', '.join(self._tools)}" if self._tools else "there are none"
+
+
+def no_such_tool(where: str, name: str, whose: str, known: Iterable[str]) -> ToolError:
+    """What is said where a policy names a tool that is not there: passed over, a tool meant to be denied would run."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=1)
+    return ToolError(
+        f"{where} names '{name}', which is no tool of {whose}",
+        hint=(f"did you mean {near[0]}? " if near else "") + f"there are: {', '.join(names) or 'none'}",
+    )
 
 
 def _left(call: ToolCall, status: ToolStatus, why: str, **about: Any) -> ToolResult:

@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from langchain_core.tools import BaseTool
 
@@ -283,8 +284,11 @@ class _Server:
         lines = [line.strip() for line in _shown(said, len(said)).splitlines() if line.strip()]
         words = f"; it says: {' / '.join(line[:300] for line in lines[-3:])}" if lines else ""
         nonsense = "; what it prints is no MCP" if self._nonsense and not self._ready.is_set() else ""
-        where = self.entry.get("url") or " ".join([self.entry.get("command", ""), *(self.entry.get("args") or ())])
-        return ToolError(f"the MCP server '{self.name}' {what}{nonsense}{words}", hint=f"try it by hand: {where[:200]}")
+        # Without arguments and queries: people keep keys there.
+        where = urlsplit(str(self.entry.get("url", "")))
+        place = f"{where.scheme}://{where.hostname}{where.path}" if where.hostname else f"{self.entry.get('command')} ..."
+        hint = f"try by hand what its entry says: {place[:200]}"
+        return ToolError(f"the MCP server '{self.name}' {what}{nonsense}{words}", hint=hint)
 
 
 class _Heard:
@@ -330,6 +334,15 @@ def _check_installed() -> None:
     logger = logging.getLogger("mcp")
     if not logger.handlers:
         logger.addHandler(logging.NullHandler())
+
+
+def server_names(file: Path) -> list[str]:
+    """The servers that a file names, which are neither started nor looked for.
+
+    Raises:
+        ToolError: the file cannot be read, is no `mcp.json`, or asks for an environment variable that is not set.
+    """
+    return [name for name, _ in _read(file, os.environ)]
 
 
 def _read(file: Path, environment: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]:

@@ -62,10 +62,11 @@ class Meter:
         seconds = (self._clock.monotonic_ns() - self._begun_ns) / 1e9
         reached = f"{len(self._steps):,} steps, {self._calls:,} model calls, {self._tokens:,} tokens, {seconds:.1f} s"
         flag = "--max-" + budget.replace("_", "-")
+        mend = "mend the loop, or resume" if budget == "steps" else "resume"
         return BudgetSpent(
             f"the run was stopped, its {limit:,g} {limits[budget]} are spent; reached: {reached}",
             budget=budget,
-            hint=f"mend the loop, or resume it with more: {flag}, or the setting budget.{budget}",
+            hint=f"{mend} it with more: {flag}, or the setting budget.{budget}",
         )
 
     def _refuse(self, budget: str) -> None:

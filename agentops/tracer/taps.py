@@ -222,7 +222,7 @@ class Taps(GraphCallbackHandler):
             attributes["chunks"] = attributes.get("chunks", 0) + 1
             if "first_token_ms" not in call.row:
                 call.row["first_token_ms"] = (self.agentops_run.tracer.clock.now_ns() - call.row["start_ns"]) / 1e6
-            self.agentops_run.token(token, call.row.get("node"))
+            self.agentops_run.token(token, call)
 
     @_safe
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> None:

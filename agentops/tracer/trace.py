@@ -47,11 +47,12 @@ _LAST_WORD_CHARACTERS = 2_000
 class Span:
     """An open span. Set what is learned on the way; the trace that opened it writes it."""
 
-    __slots__ = ("_mono_ns", "path", "row")
+    __slots__ = ("_mono_ns", "path", "row", "step")
 
-    def __init__(self, row: Event, mono_ns: int, path: tuple[str, ...]) -> None:
+    def __init__(self, row: Event, mono_ns: int, path: tuple[str, ...], step: str = "") -> None:
         self.row = row
         self.path = path
+        self.step = step
         self._mono_ns = mono_ns
 
     @property
@@ -341,7 +342,7 @@ class RunTrace:
         opened = self._make(kind, name, parent, path, started, columns)
         self._guarded(self._begin, opened, input, attributes or {})
         if kind == "node":
-            self._tell(StepStarted(self.run_id, opened.row["node"], opened.row.get("step", 0), opened.path))
+            self._tell(StepStarted(self.run_id, opened.row["node"], opened.row.get("step", 0), opened.path, opened.id))
         return opened
 
     def _make(
@@ -376,7 +377,8 @@ class RunTrace:
             # A generation says in which node it happened without a walk up the tree.
             row.update({key: above.row[key] for key in ("node", "step") if key in above.row})
         row.update(columns or {})
-        return Span(row, mono_ns, path if path is not None else above.path if above else ())
+        step = row["id"] if kind == "node" else above.step if above else ""
+        return Span(row, mono_ns, path if path is not None else above.path if above else (), step)
 
     def _begin(self, opened: Span, payload: Any, attributes: Mapping[str, Any]) -> None:
         events: list[Event] = []
@@ -425,7 +427,8 @@ class RunTrace:
             route = row.get("attributes", {}).get("route")
             detail = row.get("error") or (f"→ {route}" if route else "")
             milliseconds = row.get("duration_ns", 0) / 1e6
-            self._tell(StepEnded(self.run_id, row["node"], row.get("step", 0), status, milliseconds, _line(str(detail))))
+            step, said = row.get("step", 0), _line(str(detail))
+            self._tell(StepEnded(self.run_id, row["node"], step, status, milliseconds, said, closing.id))
 
     def _finish(
         self,
@@ -455,10 +458,10 @@ class RunTrace:
             closing.row["output_hash"] = self.tracer.payload(output, events)
         self._write([*events, closing.row])
 
-    def token(self, text: str, node: str | None) -> None:
+    def token(self, text: str, call: Span) -> None:
         """Passes a piece of a model's output on to those who listen; it is not recorded by itself."""
         if text and self._listeners:
-            self._tell(Token(self.run_id, node or "", text))
+            self._tell(Token(self.run_id, call.row.get("node") or "", text, call.step))
 
     def _tell(self, event: LiveEvent) -> None:
         for listener in self._listeners:

@@ -48,7 +48,7 @@ class TracedEngine:
                         _close_generation(run, call, event, chunks)
                     elif call.row["status"] == "open":
                         chunks += 1
-                        run.token(event.text, call.row.get("node"))
+                        run.token(event.text, call)
                     yield event
             except BaseException as error:
                 run.close(call, error=error)

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from tea import TEXTS, likely
 
-from agentops import Document, Request, Runtime, ScriptedEngine, Settings
+from agentops import Document, Request, Runtime, ScriptedEngine, Settings, load_settings
+from agentops.errors import ToolError
 from agentops.records import Decision, RunResult, ScoreRequest, ToolResult, content_hash
 from agentops.retrieval.embed import HashEmbedder
 from agentops.settings import ToolSettings
@@ -336,6 +337,33 @@ def test_an_order_in_a_document_has_no_say_in_what_is_called(obedient: Runtime, 
     assert [one.call.name for one in done.output["results"]] == ["search"]
     assert "append_note(" not in done.output["answer"]
     assert notes(settings) == ""
+
+
+def test_what_was_refused_is_said_where_another_tool_takes_over(opened: Callable[..., Runtime], settings: Settings) -> None:
+    def scores(request: ScoreRequest) -> list[float]:
+        said = request.messages[-1].content
+        if not said.startswith("Tool: "):
+            return likely(request)
+        return [-1.0 if said.startswith("Tool: append note") else -2.0 if said.startswith("Tool: clock") else -99.0]
+
+    runtime = opened([NOTE, "{}"], scores=scores)
+    waiting = ask(runtime, REMIND)
+    assert waiting.status == "waiting"
+    done = runtime.resume(waiting.run_id, answer=Decision("reject"))
+    assert [one.status for one in done.output["results"]] == ["refused", "ok"]
+    assert done.output["answer"].startswith("A person refused to run append_note. ")
+
+
+@pytest.mark.parametrize("word", ["allow", "deny"])
+def test_a_policy_for_a_tool_that_is_not_there_is_an_error_before_anything_runs(settings: Settings, word: str) -> None:
+    flags = {"paths.home": settings.paths.home, f"tools.{word}": ["append_notes"]}
+    part: Any = object()
+    with (
+        Runtime(load_settings(flags), engine=ScriptedEngine(), index=part, embedder=part) as runtime,
+        pytest.raises(ToolError, match=f"--{word} names 'append_notes', which is no tool of graph 'assistant'") as refused,
+    ):
+        runtime.run("assistant", "Note: buy coffee.")
+    assert refused.value.hint == "did you mean append_note? there are: append_note, calculator, clock, search"
 
 
 @pytest.mark.parametrize("second", ["Write it down.", "What time is it?"])

@@ -97,6 +97,52 @@ def test_text_becomes_the_input_that_a_graph_takes(file: Path) -> None:
     assert load_graph("rag").as_input("why?") == {"question": "why?"}
     with pytest.raises(UsageError, match="JSON"):
         loaded.as_input("{not json")
+    with pytest.raises(UsageError, match="no field 'txt'") as refused:
+        loaded.as_input('{"txt": "x"}')
+    assert "text" in refused.value.hint
+
+
+TOOLED = """
+from typing import TypedDict
+from agentops.tools import Toolbox, tool
+from langgraph.graph import START, END, StateGraph
+import inner
+
+class State(TypedDict):
+    text: str
+
+@tool(effect="none")
+def alone(text: str) -> str:
+    "Stands by itself."
+
+def boxed(text: str) -> str:
+    "Stands in a box."
+
+box = Toolbox([boxed])
+
+def make():
+    @tool
+    def enclosed(text: str) -> str:
+        "Stands in a function."
+    held = [enclosed]
+    def work(state: State) -> State:
+        return {"text": str(held and box and alone)}
+    graph = StateGraph(State).add_node(work).add_node("deep", inner.graph)
+    return graph.add_edge(START, "work").add_edge("work", "deep").add_edge("deep", END)
+"""
+
+
+def test_the_tools_of_a_graph_are_those_that_its_nodes_and_subgraphs_see(tmp_path: Path) -> None:
+    within = (
+        TOOLED.replace("import inner", "").replace('.add_node("deep", inner.graph)', "").replace('.add_edge("work", "deep")', "")
+    )
+    (tmp_path / "inner.py").write_text(
+        within.replace('"deep"', '"work"').replace("boxed", "nested") + "graph = make().compile()\n"
+    )
+    (tmp_path / "outer.py").write_text(TOOLED)
+    assert load_graph(f"{tmp_path / 'outer.py'}:make").tools == {"alone", "boxed", "enclosed", "nested"}
+    assert load_graph("rag").tools == frozenset()
+    assert load_graph("triage").tools == load_graph("assistant").tools == {"calculator", "clock", "search", "append_note"}
 
 
 def test_a_graph_without_a_text_field_says_which_fields_it_has(tmp_path: Path) -> None:

@@ -201,6 +201,24 @@ def test_the_fake_is_deterministic_and_knows_spelling() -> None:
     assert fake.revision != HashEmbedder(128).revision
 
 
+@pytest.mark.model
+def test_a_vector_does_not_depend_on_how_many_threads_torch_had_where_it_is_made(embedder_folder: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
+    usual, question = torch.get_num_threads(), ["With which library are PDF files parsed?"]
+    embedder = open_embedder(embedder_folder, 2)
+    try:
+        here = embedder.embed(question)
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 1
+            there = pool.submit(embedder.embed, question).result()
+    finally:
+        torch.set_num_threads(usual)
+    assert (here == there).all()
+
+
 def test_the_weights_are_read_once_by_many_threads(tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 

@@ -285,9 +285,11 @@ async def test_a_server_behind_an_address_is_reached_and_its_end_is_noticed(file
     ],
 )
 async def test_a_server_that_does_not_start_is_named_with_its_last_words(file: Path, entry: Any, said: str) -> None:
+    secret = {"args": [*entry.get("args", ()), "sk-1"]} if "command" in entry else {"url": f"{entry['url']}?key=sk-1"}
     with pytest.raises(ToolError, match=said) as refused:
-        async with boxed(file, 1.5, t=entry, good=mannered()):
+        async with boxed(file, 1.5, t={**entry, **secret}, good=mannered()):
             pytest.fail("it started")
+    assert "sk-1" not in refused.value.hint
     assert refused.value.hint
     assert not re.search("[\x00-\x08\x1b\u202e]", str(refused.value))
     assert not [found for found in Path("/proc").glob("[0-9]*") if SERVER.name.encode() in _command(found)]
@@ -399,6 +401,20 @@ def test_a_run_is_given_the_tools_that_the_settings_name(file: Path, settings: S
             done = runtime.resume(done.run_id, answer=Decision("approve"), graph=made)
     assert [result.status for result in done.output["results"]] == ["ok"]
     assert serving() == []
+
+
+@pytest.mark.parametrize("word", ["allow", "ask", "deny"])
+def test_a_policy_for_a_tool_that_no_server_offers_is_an_error_before_anything_runs(
+    file: Path, settings: Settings, word: str
+) -> None:
+    part: Any = object()
+    tools = replace(settings.tools, mcp=write(file, time=TIME), **{word: ("time_get_time", "other")})
+    with (
+        Runtime(replace(settings, tools=tools), engine=ScriptedEngine(), index=part, embedder=part) as runtime,
+        pytest.raises(ToolError, match=rf"tools\.{word} names 'time_get_time', which is no tool of server 'time'") as refused,
+    ):
+        runtime.run(tick(), {})
+    assert "time_get_current_time" in refused.value.hint
 
 
 def test_a_run_whose_server_does_not_start_ends_before_it_begins(file: Path, settings: Settings) -> None:
