@@ -7,6 +7,7 @@ Times are integer nanoseconds UTC, durations carry their unit in the name.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -306,6 +307,37 @@ class Decision:
     kind: Literal["approve", "edit", "reject"]
     content: Any = None
     reason: str = ""
+
+
+ScoreSource = Literal["code", "model", "human"]
+
+ExperimentStatus = Literal["running", "done", "failed", "cancelled", "crashed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A named value about a run, a span, or a case of an experiment: scored, or unscored with the reason, never NaN.
+
+    `judged` says how a model's verdict came about: "asked", or how it was computed from what the model finds likely. `comment`
+    is for people: which claim, which words. `details` is JSON.
+
+    Raises:
+        ValueError: the value is not finite, or there are both a value and a reason, or neither.
+    """
+
+    name: str
+    value: float | None
+    source: ScoreSource
+    reason: str = ""
+    judged: str = ""
+    comment: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (not self.reason):
+            raise ValueError(f"score '{self.name}' needs a value, or the reason why it has none")
+        if self.value is not None and not math.isfinite(self.value):
+            raise ValueError(f"score '{self.name}' is {self.value}, which is no value")
 
 
 @dataclass(frozen=True, slots=True)

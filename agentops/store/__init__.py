@@ -16,14 +16,26 @@ import zstandard
 from sqlalchemy import Row, Select, func, select, tuple_, union
 
 from agentops.errors import RecordError, RunNotFound
-from agentops.records import Interrupt, PromptVersion, RunStatus, Timing, Usage
+from agentops.records import Interrupt, PromptVersion, RunStatus, Score, Timing, Usage
 from agentops.settings import Settings
 from agentops.store.opening import database_path, ensure, reading_engine, translated
-from agentops.store.rows import Balance, RunRow, SpanRow, ThreadRow
+from agentops.store.rows import Balance, CaseRow, ExperimentRow, RunRow, ScoreRow, SpanRow, ThreadRow
 from agentops.store.tables import table
 from agentops.store.writing import StoreWriter, open_writer
 
-__all__ = ["Balance", "RunRow", "SpanRow", "Store", "StoreWriter", "ThreadRow", "open_store", "open_writer"]
+__all__ = [
+    "Balance",
+    "CaseRow",
+    "ExperimentRow",
+    "RunRow",
+    "ScoreRow",
+    "SpanRow",
+    "Store",
+    "StoreWriter",
+    "ThreadRow",
+    "open_store",
+    "open_writer",
+]
 
 
 def open_store(settings: Settings) -> Store:
@@ -174,6 +186,49 @@ class Store:
             raise RecordError(f"no prompt has the version '{version}'")
         return PromptVersion(rows[0].name, rows[0].version, rows[0].template)
 
+    def scores(
+        self, *, run: str | None = None, thread: str | None = None, experiment: str | None = None, name: str | None = None
+    ) -> list[ScoreRow]:
+        """Scores of a run, of all runs of a thread, or of an experiment, in the order in which they were given."""
+        scores, runs = table("score"), table("run")
+        query = select(scores).order_by(scores.c.created_ns, scores.c.id)
+        for column, wanted in ((scores.c.run_id, run), (scores.c.experiment_id, experiment), (scores.c.name, name)):
+            if wanted is not None:
+                query = query.where(column == wanted)
+        if thread is not None:
+            query = query.where(scores.c.run_id.in_(select(runs.c.id).where(runs.c.thread_id == thread)))
+        return [
+            ScoreRow(score=Score(**_picked(_SCORE, row) | {"comment": row.comment or ""}), **_picked(_SCORED, row))
+            for row in self._all(query)
+        ]
+
+    def experiments(self, *, limit: int = 50) -> list[ExperimentRow]:
+        """Experiments, newest first."""
+        rows = table("experiment")
+        query = select(rows).order_by(rows.c.started_ns.desc(), rows.c.id.desc()).limit(limit)
+        return [ExperimentRow(**_picked(_EXPERIMENT, row)) for row in self._all(query)]
+
+    def experiment(self, prefix: str) -> ExperimentRow:
+        """An experiment by its id, a unique beginning of it, its name (the newest of that name), or the word `last`.
+
+        Raises:
+            RecordError: none, or more than one.
+        """
+        newest = self.experiments(limit=10_000)
+        named = [one for one in newest if one.name == prefix or prefix == "last"][:1]
+        start = prefix if prefix.startswith("exp_") else "exp_" + prefix.upper()
+        found = named or [one for one in newest if prefix and one.id.startswith(start)]
+        if len(found) != 1:
+            said = f"no experiment is called '{prefix}'" if not found else f"more than one experiment starts with '{prefix}'"
+            raise RecordError(said, hint="list them with: agentops experiments")
+        return found[0]
+
+    def cases(self, experiment_id: str) -> list[CaseRow]:
+        """The cases of an experiment in the order of its dataset."""
+        rows = table("experiment_case")
+        query = select(rows).where(rows.c.experiment_id == experiment_id).order_by(rows.c.place)
+        return [CaseRow(**_picked(_CASE, row)) for row in self._all(query)]
+
     def balance(self, run_id: str) -> Balance:
         """Whether everything that the run emitted is here."""
         spans, payloads = table("span"), table("payload")
@@ -216,5 +271,9 @@ def _picked(names: Sequence[str], row: Row[Any]) -> dict[str, Any]:
 
 
 _RUN = [spec.name for spec in fields(RunRow) if spec.name not in ("usage", "tags")]
+_SCORE = [spec.name for spec in fields(Score)]
+_SCORED = [spec.name for spec in fields(ScoreRow) if spec.name != "score"]
+_EXPERIMENT = [spec.name for spec in fields(ExperimentRow)]
+_CASE = [spec.name for spec in fields(CaseRow)]
 _INTERRUPT = {spec.name for spec in fields(Interrupt)}
 _SPAN = [spec.name for spec in fields(SpanRow) if spec.name not in ("usage", "timing")]

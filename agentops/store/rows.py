@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agentops.records import RunStatus, SpanKind, SpanStatus, Timing, Usage
+from agentops.records import ExperimentStatus, RunStatus, Score, SpanKind, SpanStatus, Timing, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,49 @@ class ThreadRow:
     created_ns: int
     last_ns: int
     runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """A score and what it is about. `author` is the person's name, or the metric's version."""
+
+    id: str
+    run_id: str
+    span_id: str | None
+    experiment_id: str | None
+    case_id: str | None
+    score: Score
+    author: str
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExperimentRow:
+    """An experiment. `cases` is how many it has; `dataset_hash` names the dataset as it was, for `Store.payload`."""
+
+    id: str
+    name: str
+    dataset: str
+    dataset_hash: str
+    graph: str
+    status: ExperimentStatus
+    cases: int
+    started_ns: int
+    ended_ns: int | None
+    error: str | None
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CaseRow:
+    """A case of an experiment: `place` is its number in the dataset, from 0."""
+
+    experiment_id: str
+    case_id: str
+    place: int
+    run_id: str | None
+    status: RunStatus
+    error: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,60 @@ class PromptVersion(SQLModel, table=True):
     first_seen_ns: int = _ns()
 
 
+class Score(SQLModel, table=True):
+    """A named value about a run, one of its spans, or a case; `value` is empty where there is a `reason` why it is not scored."""
+
+    __table_args__ = (Index("ix_score_name", "name", "created_ns"),)
+
+    id: str = Field(primary_key=True)
+    run_id: str = Field(index=True)
+    span_id: str | None = None
+    experiment_id: str | None = Field(default=None, index=True)
+    case_id: str | None = None
+    name: str
+    value: float | None = None
+    reason: str = ""
+    source: str
+    judged: str = ""
+    author: str = ""
+    comment: str | None = _text()
+    details: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    created_ns: int = _ns()
+
+
+class Experiment(SQLModel, table=True):
+    """A dataset run through a graph and scored. `dataset_hash` names the dataset's payload."""
+
+    __table_args__ = (Index("ix_experiment_started", "started_ns", "id"),)
+
+    id: str = Field(primary_key=True)
+    name: str
+    dataset: str
+    dataset_hash: str
+    graph: str
+    status: str
+    cases: int = 0
+    started_ns: int = _ns()
+    ended_ns: int | None = _ns(nullable=True)
+    pid: int = 0
+    segment: str = ""
+    error: str | None = _text()
+    settings: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+
+
+class ExperimentCase(SQLModel, table=True):
+    """One row of a dataset in an experiment: the run it became, or why it became none."""
+
+    __tablename__ = "experiment_case"
+
+    experiment_id: str = Field(primary_key=True)
+    case_id: str = Field(primary_key=True)
+    place: int
+    run_id: str | None = Field(default=None, index=True)
+    status: str
+    error: str | None = _text()
+
+
 class JournalPosition(SQLModel, table=True):
     """How far a journal segment has been read; `lost` counts its damaged records."""
 

@@ -28,6 +28,9 @@ USAGE = ("input_tokens", "output_tokens", "cached_tokens", "computed_tokens", "t
 # What a later event of a run may change; the rest stays as it was when the run began.
 _RUN_CHANGES = ("status", "ended_ns", "output_hash", "pending_hash", "error", "pid", "segment")
 
+_EXPERIMENT_CHANGES = ("status", "ended_ns", "error", "pid", "segment")
+_KINDS = ("payload", "prompt", "thread", "run", "span", "score", "experiment", "case")
+
 
 @contextmanager
 def open_writer(settings: Settings, *, timeout_s: float | None = None) -> Iterator[StoreWriter]:
@@ -67,6 +70,9 @@ class StoreWriter:
             spans = table("span")
             _upsert(connection, spans, rows["span"], tuple(column.name for column in spans.columns if not column.primary_key))
             _sum_usage(connection, sorted({row["run_id"] for row in rows["span"] if row["kind"] == "generation"}))
+            _upsert(connection, table("score"), rows["score"], ())
+            _upsert(connection, table("experiment"), rows["experiment"], _EXPERIMENT_CHANGES)
+            _upsert(connection, table("experiment_case"), rows["case"], ("run_id", "status", "error"))
             marks = [{"segment": name, "position": place, "lost": lost.get(name, 0)} for name, place in positions.items()]
             if marks:
                 place = table("journal_position")
@@ -84,6 +90,12 @@ class StoreWriter:
             crashed = connection.execute(
                 update(runs).where(runs.c.status.in_(("queued", "running")), runs.c.segment.not_in(live)).values(status="crashed")
             )
+            experiments = table("experiment")
+            connection.execute(
+                update(experiments)
+                .where(experiments.c.status == "running", experiments.c.segment.not_in(live))
+                .values(status="crashed")
+            )
             return crashed.rowcount
 
     def forget(self, existing: Sequence[str]) -> None:
@@ -93,7 +105,7 @@ class StoreWriter:
             connection.execute(delete(positions).where(positions.c.segment.not_in(existing)))
 
     def _rows(self, events: Iterable[Event]) -> dict[str, list[dict[str, Any]]]:
-        found: dict[str, dict[Any, dict[str, Any]]] = {kind: {} for kind in ("payload", "prompt", "thread", "run", "span")}
+        found: dict[str, dict[Any, dict[str, Any]]] = {kind: {} for kind in _KINDS}
         for event in events:
             try:
                 self._place(event, found)
@@ -122,6 +134,15 @@ class StoreWriter:
             case "span":
                 row = _fit("span", event)
                 found["span"][row["id"]] = row
+            case "score":
+                row = _fit("score", event)
+                found["score"][row["id"]] = row
+            case "experiment":
+                row = _fit("experiment", event)
+                found["experiment"].setdefault(row["id"], row).update({name: row[name] for name in _EXPERIMENT_CHANGES})
+            case "case":
+                row = _fit("experiment_case", event)
+                found["case"][row["experiment_id"], row["case_id"]] = row
             case other:
                 raise ValueError(f"unknown kind {other!r}")
 
@@ -131,7 +152,8 @@ def _columns(name: str) -> list[tuple[str, type | None, bool, bool]]:
     """Name, type (`None` for JSON), whether it may be empty, and whether it must be given."""
     found: list[tuple[str, type | None, bool, bool]] = []
     for column in table(name).columns:
-        needed = column.primary_key or column.name in ("run_id", "root_id", "thread_id", "status", "kind", "name")
+        named = column.name in ("run_id", "root_id", "thread_id", "status", "kind", "name")
+        needed = column.primary_key or (named and not column.nullable)
         if isinstance(column.type, JSON):
             found.append((column.name, None, False, False))
         else:

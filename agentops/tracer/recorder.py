@@ -15,12 +15,12 @@ from typing import Any
 
 from agentops.clock import Clock, Ids
 from agentops.errors import JournalFull
-from agentops.records import PromptVersion
+from agentops.records import ExperimentStatus, PromptVersion, RunStatus, Score
 from agentops.settings import Settings
 from agentops.tracer.drain import Drainer
 from agentops.tracer.journal import Event, Journal
 from agentops.tracer.meter import Meter
-from agentops.tracer.payload import encode
+from agentops.tracer.payload import encode, to_plain
 from agentops.tracer.trace import RunTrace
 
 log = logging.getLogger("agentops.tracer")
@@ -78,6 +78,90 @@ class Tracer:
         run = RunTrace(self, row, meter)
         run.start(f"{graph} (resumed)" if resumed else graph, input)
         return run
+
+    def score(
+        self,
+        score: Score,
+        *,
+        run_id: str,
+        span_id: str | None = None,
+        experiment_id: str | None = None,
+        case_id: str | None = None,
+        author: str = "",
+    ) -> str:
+        """Records a score of a run or a span, and returns its id. Scores are added and never changed.
+
+        Raises:
+            JournalFull
+        """
+        row = {
+            "t": "score",
+            "id": (key := self.ids.new("sc")),
+            "created_ns": self.clock.now_ns(),
+            "run_id": run_id,
+            "span_id": span_id,
+            "experiment_id": experiment_id,
+            "case_id": case_id,
+            "author": author,
+            **asdict(score),
+            "details": to_plain(score.details),
+        }
+        self.write([row])
+        return key
+
+    def experiment(
+        self,
+        *,
+        id: str,
+        name: str,
+        dataset: str,
+        dataset_hash: str,
+        graph: str,
+        status: ExperimentStatus,
+        cases: int,
+        started_ns: int,
+        settings: Mapping[str, Any],
+        error: str | None = None,
+    ) -> None:
+        """Records that an experiment begins, goes on, or has ended; what it was begun with stays.
+
+        Raises:
+            JournalFull
+        """
+        ended_ns = None if status == "running" else self.clock.now_ns()
+        owner = {"pid": os.getpid(), "segment": self.journal.segment}
+        about = {"id": id, "name": name, "dataset": dataset, "dataset_hash": dataset_hash, "graph": graph, "cases": cases}
+        times = {"started_ns": started_ns, "ended_ns": ended_ns}
+        self.write([{"t": "experiment", **about, **times, **owner, "status": status, "error": error, "settings": dict(settings)}])
+
+    def case(
+        self,
+        *,
+        experiment_id: str,
+        case_id: str,
+        place: int,
+        status: RunStatus,
+        run_id: str | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Records how far a case of an experiment is.
+
+        Raises:
+            JournalFull
+        """
+        about = {"experiment_id": experiment_id, "case_id": case_id, "place": place, "run_id": run_id}
+        self.write([{"t": "case", **about, "status": status, "error": error}])
+
+    def content(self, value: Any) -> str:
+        """Keeps a JSON value and returns its hash, for `Store.payload`.
+
+        Raises:
+            JournalFull
+        """
+        events: list[Event] = []
+        key = self.payload(value, events)
+        self.write(events)
+        return key
 
     def close(self) -> None:
         """Drains what can be drained in a short time, and gives the journal up. Closing twice is harmless."""
