@@ -113,6 +113,20 @@ class RunSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class JudgeSettings:
+    how: Literal["auto", "asked", "computed"] = _about(
+        "how verdicts come about; auto asks a model of a billion parameters or more and computes what a smaller one finds likely",
+        "auto",
+    )
+    url: str = _about("address of a server with the API of OpenAI whose model judges; without it, the engine's own does", "")
+    model: str = _about("name of the judging model at that address", "")
+    api_key: str = _about("key for that address", "", secret=True)
+    timeout_s: float = _about("give up on a verdict after this long", 120.0, low=0.01, high=3_600)
+    retries: int = _about("how often a question is repeated whose answer cannot be used", 2, low=0, high=10)
+    max_tokens: int = _about("length of a judge's answer at most", 1024, low=16, high=100_000)
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings. `sources` maps `model.name` and so on to `default`, a file's path, `$VARIABLE` or `--flag`."""
 
@@ -125,6 +139,7 @@ class Settings:
     budget: BudgetSettings = field(default_factory=BudgetSettings)
     record: RecordSettings = field(default_factory=RecordSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
     flags: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """What the command line gave, by key; for settings that unite what all sources say."""
@@ -174,6 +189,7 @@ def variable(key: str) -> str:
 _FLAGS = {
     "model.name": "--model",
     "elasticsearch.url": "--es-url",
+    "judge.model": "--judge",
     "budget.steps": "--max-steps",
     "budget.model_calls": "--max-model-calls",
     "budget.tokens": "--max-tokens",

@@ -1,0 +1,396 @@
+"""Ragas' metrics, on our judge and our embedder.
+
+The formulas and the prompts are those of ragas 0.4 (`ragas.metrics.collections`). What it does not check is checked here: an
+answer of the judge fits its question (0 or 1 where that was asked for, one verdict a claim), a value lies within its bounds,
+calls of tools are compared with all of their arguments and as often as they were made; and whatever goes wrong leaves the
+sample unscored, with the reason. No cache of ragas' is used: it gives one model's answers for another's. ragas itself is
+loaded when the first score is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module, metadata, util
+from typing import TYPE_CHECKING, Any
+
+from agentops.errors import AgentOpsError, UsageError
+from agentops.records import Score
+from agentops.text import split_sentences
+from evals.judge import Judge, JudgeFailed, Schema
+from evals.metrics import NO_REFERENCE, Metric
+from evals.samples import Sample
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from agentops.retrieval import Embedder
+    from evals.metrics._ragas import Prompt
+
+SMALL_CONTEXT = 16_384
+"""Tokens of context below which prompts go without their examples, which makes them a third as long."""
+
+_VERSION = "1"
+_TOLERANCE = 1e-6
+_BINARY = ("verdict", "attributed", "noncommittal")
+_SHOWN = 50
+
+
+class Unscored(Exception):
+    """There is nothing to be scored; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One of ragas' metrics: the name of its class, what it is given for a sample, and its bounds. `negative` says that values
+    below `low` are as bad as it, and not wrong."""
+
+    name: str
+    ragas: str
+    arguments: Callable[[Sample], dict[str, Any]]
+    judged: bool = True
+    embeds: bool = False
+    low: float = 0.0
+    high: float = 1.0
+    negative: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def ragas_metrics(judge: Judge, embedder: Embedder) -> dict[str, Metric]:
+    """All of them, by name.
+
+    Raises:
+        UsageError: ragas is not installed.
+    """
+    if util.find_spec("ragas") is None:
+        raise UsageError("ragas is not installed", hint="install it with: pip install 'agentops-runtime[evals]'")
+    return {kind.name: RagasMetric(kind, judge, embedder) for kind in KINDS}
+
+
+class RagasMetric:
+    """A `Metric` of ragas'. Its version names the judge: scores of two judges are scores of two metrics."""
+
+    better = "high"
+
+    def __init__(self, kind: Kind, judge: Judge, embedder: Embedder) -> None:
+        self._kind, self._judge, self._embedder = kind, judge, embedder
+        judged = f" {judge.identity}" if kind.judged else ""
+        embedded = f" {embedder.name} {embedder.revision}" if kind.embeds else ""
+        self.name, self.low, self.high = kind.name, kind.low, kind.high
+        self.version = f"{_VERSION} ragas {metadata.version('ragas')}{judged}{embedded}"
+
+    async def score(self, sample: Sample) -> Score:
+        """As `Metric.score`."""
+        asked = Questions(self._judge, sample)
+        try:
+            value = self._checked(await self._value(sample, asked))
+        except Unscored as nothing:
+            return self._unscored(str(nothing), asked)
+        except JudgeFailed as failure:
+            return self._unscored(f"judge: {failure}", asked)
+        except AgentOpsError as error:
+            return self._unscored(f"{error}", asked)
+        except Exception as error:
+            return self._unscored(f"{type(error).__name__}: {error}"[:500], asked)
+        return Score(self.name, value, self._source, judged=self._judged, comment=asked.comment, details=asked.details)
+
+    async def _value(self, sample: Sample, asked: Questions) -> float:
+        # Importing it takes seconds, in which others go on.
+        _ragas = await asyncio.to_thread(import_module, "evals.metrics._ragas")
+        arguments = self._kind.arguments(sample)
+        parts: dict[str, Any] = dict(self._kind.options)
+        if self._kind.judged:
+            parts["llm"] = _ragas.Respondent(asked.answer)
+        if self._kind.embeds:
+            parts["embeddings"] = _ragas.Embeddings(self._embedder)
+        room = self._judge.context_tokens
+        metric = getattr(_ragas.collections, self._kind.ragas)(**parts)
+        _ragas.prepare(metric, examples=room is None or room >= SMALL_CONTEXT)
+        return float((await metric.ascore(**arguments)).value)
+
+    def _checked(self, value: float) -> float:
+        if math.isnan(value):
+            raise Unscored("no claims")
+        if self._kind.negative:
+            value = max(value, self.low)
+        if not self.low - _TOLERANCE <= value <= self.high + _TOLERANCE:
+            raise Unscored(f"judge: the value {value:g} is not between {self.low:g} and {self.high:g}")
+        return round(min(max(value, self.low), self.high), 6)
+
+    def _unscored(self, reason: str, asked: Questions) -> Score:
+        return Score(self.name, None, self._source, reason=reason or "unknown", judged=self._judged, details=asked.details)
+
+    @property
+    def _judged(self) -> str:
+        return self._judge.how if self._kind.judged else ""
+
+    @property
+    def _source(self) -> Any:
+        return "model" if self._kind.judged else "code"
+
+
+class Questions:
+    """The questions that one score asks of the judge, and what was answered."""
+
+    def __init__(self, judge: Judge, sample: Sample) -> None:
+        self._judge, self._sample = judge, sample
+        self._verdicts: list[dict[str, Any]] = []
+        self.count = 0
+
+    async def answer(self, prompt: Prompt, model: type[BaseModel]) -> Any:
+        """
+        Raises:
+            JudgeFailed, AgentOpsError, Unscored
+        """
+        self.count += 1
+        if self._judge.how == "computed":
+            from evals.metrics.ragas_computed import computed
+
+            value = await computed(self._judge, self._sample, prompt.given)
+        else:
+            value = await self._judge.ask(prompt, narrowed(model.model_json_schema(), prompt.given))
+        self._verdicts += list(_told(value))
+        return value
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """The verdicts by claim, as far as there are any, and who gave them."""
+        if not self.count:
+            return {}
+        return {"judge": self._judge.name, "questions": self.count, "verdicts": self._verdicts[:_SHOWN]}
+
+    @property
+    def comment(self) -> str:
+        """What was found wanting."""
+        return "; ".join(one["claim"] for one in self._verdicts if one["verdict"] == 0 and one["claim"])[:500]
+
+
+def narrowed(schema: Schema, given: BaseModel) -> Schema:
+    """The schema of an answer, with what the question says of it: verdicts are 0 or 1, grades are those of the rubric, there is
+    one verdict for each claim that was asked about, and no text is empty that something depends on."""
+    asked = type(given).__name__
+    numbers: dict[str, tuple[int, int | None]] = {}
+    grades: list[int] = []
+    if asked == "NLIStatementInput":
+        count = len(getattr(given, "statements", ()))
+        numbers["statements"] = count, count
+    elif asked == "TopicClassificationInput":
+        count = len(getattr(given, "topics", ()))
+        numbers["classifications"] = count, count
+    elif asked == "ContextRecallInput":
+        # How a reference is taken apart is the judge's choice, but one verdict must not stand for all of it.
+        numbers["classifications"] = max(1, len(split_sentences(getattr(given, "answer", "")))), None
+    elif asked == "InstanceRubricScoreInput":
+        grades = sorted(_grade(name) for name in getattr(given, "rubrics", {}))
+
+    def narrow(node: Any, name: str = "") -> Any:
+        if isinstance(node, list):
+            return [narrow(one) for one in node]
+        if not isinstance(node, dict):
+            return node
+        made = {
+            key: {inner: narrow(one, inner) for inner, one in value.items()} if key in ("properties", "$defs") else narrow(value)
+            for key, value in node.items()
+            if key not in ("title", "description")
+        }
+        if made.get("type") == "integer" and name in _BINARY:
+            return {"enum": [0, 1]}
+        if made.get("type") == "integer" and name == "score" and grades:
+            return {"enum": grades}
+        if made.get("type") == "array" and name in numbers:
+            least, most = numbers[name]
+            made |= {"minItems": least, **({"maxItems": most} if most is not None else {})}
+        if made.get("type") == "array" and name == "claims":
+            made["minItems"] = 1
+        if made.get("type") == "string" and name in ("question", "end_state", "user_goal"):
+            made["minLength"] = 1
+        if made.get("type") == "object":
+            made["additionalProperties"] = False
+        return made
+
+    return dict(narrow(schema))
+
+
+def _told(value: Any) -> list[dict[str, Any]]:
+    """The verdicts in an answer, each with what it is about."""
+    if not isinstance(value, dict):
+        return []
+    found = []
+    for key in ("statements", "classifications"):
+        for one in value.get(key) or ():
+            if isinstance(one, dict):
+                verdict = one.get("verdict", one.get("attributed"))
+                found.append(
+                    {"claim": str(one.get("statement", "")), "verdict": verdict, "why": str(one.get("reason", ""))[:300]}
+                )
+    if "verdict" in value:
+        found.append({"claim": "", "verdict": int(value["verdict"]), "why": str(value.get("reason", ""))[:300]})
+    if "score" in value:
+        found.append({"claim": "", "verdict": value["score"], "why": str(value.get("feedback", ""))[:300]})
+    return found
+
+
+# --- what each metric is given ---
+
+
+def _question(sample: Sample) -> str:
+    return _given(sample.question, "no question")
+
+
+def _answer(sample: Sample) -> str:
+    return _given(sample.answer, "no answer")
+
+
+def _given(text: str, reason: str) -> str:
+    if not text.strip():
+        raise Unscored(reason)
+    return text
+
+
+def _reference(sample: Sample) -> str:
+    return _given(sample.reference.answer or "", NO_REFERENCE)
+
+
+def _contexts(sample: Sample) -> list[str]:
+    texts = [context.text for context in sample.contexts if context.text.strip()]
+    if not texts:
+        raise Unscored("no contexts")
+    return texts
+
+
+def _faithfulness(sample: Sample) -> dict[str, Any]:
+    return {"user_input": _question(sample), "response": _answer(sample), "retrieved_contexts": _contexts(sample)}
+
+
+def _relevancy(sample: Sample) -> dict[str, Any]:
+    return {"user_input": _question(sample), "response": _answer(sample)}
+
+
+def _against_reference(sample: Sample) -> dict[str, Any]:
+    return {"reference": _reference(sample), "user_input": _question(sample), "retrieved_contexts": _contexts(sample)}
+
+
+def _correctness(sample: Sample) -> dict[str, Any]:
+    return {"reference": _reference(sample), "response": _answer(sample)}
+
+
+def _topics(sample: Sample) -> dict[str, Any]:
+    if not sample.reference.topics:
+        raise Unscored(NO_REFERENCE)
+    return {"user_input": conversation(sample), "reference_topics": list(sample.reference.topics)}
+
+
+def _goal(sample: Sample) -> dict[str, Any]:
+    return {"reference": _given(sample.reference.goal or "", NO_REFERENCE), "user_input": conversation(sample)}
+
+
+def _rubric(sample: Sample) -> dict[str, Any]:
+    rubric = sample.reference.rubric
+    if not rubric:
+        raise Unscored(NO_REFERENCE)
+    grades = {grade: _grade(grade) for grade in rubric}
+    return {
+        "rubrics": {f"score{grades[name]}_description": text for name, text in rubric.items()},
+        "user_input": _question(sample),
+        "response": _answer(sample),
+        "retrieved_contexts": [context.text for context in sample.contexts] or None,
+        "reference": sample.reference.answer,
+    }
+
+
+def _grade(name: str) -> int:
+    digits = "".join(sign for sign in name if sign.isdigit())
+    if not digits or not 1 <= int(digits) <= 5:
+        raise Unscored(f"the rubric's grade '{name}' is not one of 1 to 5")
+    return int(digits)
+
+
+def _calls(sample: Sample, *, surplus: bool) -> dict[str, Any]:
+    """Calls made and expected. ragas does not see arguments that were not expected, nor calls made twice, nor the order of keys;
+    so the reference gets the surplus arguments, with a value that no call has, and calls their number."""
+    from evals.metrics import _ragas
+
+    if sample.reference.trajectory is None:
+        raise Unscored(NO_REFERENCE)
+    made, wanted = list(sample.tool_calls), list(sample.reference.trajectory)
+    given = [{name: _plain(value) for name, value in call.arguments.items()} for call in made]
+    asked = [{name: _plain(value) for name, value in call.arguments.items()} for call in wanted]
+    if surplus:
+        for have, want in zip(given, asked, strict=False):
+            want |= {name: "" for name in have if name not in want}
+    else:
+        for calls, arguments in ((made, given), (wanted, asked)):
+            seen: Counter[str] = Counter()
+            for call, one in zip(calls, arguments, strict=True):
+                key = json.dumps([call.name, one], sort_keys=True)
+                one[""] = str(seen[key])
+                seen[key] += 1
+    calls_made = [_ragas.ToolCall(name=call.name, args=one) for call, one in zip(made, given, strict=True)]
+    calls_wanted = [_ragas.ToolCall(name=call.name, args=one) for call, one in zip(wanted, asked, strict=True)]
+    return {"user_input": [_ragas.AIMessage(content="", tool_calls=calls_made)], "reference_tool_calls": calls_wanted}
+
+
+def _plain(value: Any) -> str:
+    """A value in one way of writing; a whole number is one however it is written."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+
+
+def conversation(sample: Sample) -> list[Any]:
+    """The messages as ragas has them, calls of tools at the turn that made them; what the system was told is left out.
+
+    Raises:
+        Unscored: there are none.
+    """
+    from evals.metrics import _ragas
+
+    calls = [_ragas.ToolCall(name=call.name, args=dict(call.arguments)) for call in sample.tool_calls]
+    made: list[Any] = []
+    for message in sample.messages:
+        if message.role == "user":
+            made.append(_ragas.HumanMessage(content=message.content))
+        elif message.role == "assistant":
+            made.append(_ragas.AIMessage(content=message.content))
+        elif message.role == "tool":
+            if calls:
+                _turn(made, _ragas.AIMessage).append(calls.pop(0))
+            made.append(_ragas.ToolMessage(content=message.content))
+    if not made and sample.question.strip() and sample.answer.strip():
+        made = [_ragas.HumanMessage(content=sample.question), _ragas.AIMessage(content=sample.answer)]
+    if not made:
+        raise Unscored("no messages")
+    if calls:
+        last = len(made) - 1 if isinstance(made[-1], _ragas.AIMessage) else len(made)
+        made.insert(last, _ragas.AIMessage(content="", tool_calls=calls))
+    return made
+
+
+def _turn(made: list[Any], turn: Any) -> list[Any]:
+    """The calls of the turn that made the next one: the last message, where it is the assistant's."""
+    if not made or not isinstance(made[-1], turn):
+        made.append(turn(content=""))
+    if made[-1].tool_calls is None:
+        made[-1].tool_calls = []
+    calls: list[Any] = made[-1].tool_calls
+    return calls
+
+
+KINDS = (
+    Kind("faithfulness", "Faithfulness", _faithfulness),
+    # One question, because a judge that is asked without chance gives the same one three times.
+    Kind("answer_relevancy", "AnswerRelevancy", _relevancy, embeds=True, negative=True, options={"strictness": 1}),
+    Kind("context_precision", "ContextPrecisionWithReference", _against_reference),
+    Kind("context_precision_without_reference", "ContextPrecisionWithoutReference", _faithfulness),
+    Kind("context_recall", "ContextRecall", _against_reference),
+    Kind("factual_correctness", "FactualCorrectness", _correctness),
+    Kind("topic_adherence", "TopicAdherence", _topics),
+    Kind("agent_goal_accuracy", "AgentGoalAccuracyWithReference", _goal),
+    Kind("tool_call_accuracy", "ToolCallAccuracy", lambda sample: _calls(sample, surplus=True), judged=False),
+    Kind("tool_call_f1", "ToolCallF1", lambda sample: _calls(sample, surplus=False), judged=False),
+    Kind("rubric", "InstanceSpecificRubrics", _rubric, low=1.0, high=5.0),
+)
