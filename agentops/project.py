@@ -155,14 +155,6 @@ def package_graphs() -> dict[str, Path]:
     return {file.stem: file for file in files}
 
 
-def short_name(reference: str) -> str:
-    """What people call the graph of a reference: `agent` for `/path/langgraph.json:agent`, `mine.py:graph` for a file's."""
-    place, found, name = reference.rpartition(":")
-    if place.endswith(".json"):
-        return name
-    return f"{Path(place).name}:{name}" if found and place.endswith(".py") else reference
-
-
 def find_project(folder: Path | None = None) -> Project | None:
     """The project of the nearest `langgraph.json`, in the folder (default: the current one) or a parent.
 

@@ -1,12 +1,74 @@
-"""Sentences: where running text can be cut.
+"""Text: what is safe to show, times and counts for people, and where running text can be cut into sentences.
 
-Rules for Latin and CJK punctuation, no model, and no knowledge of a language beyond a list of English abbreviations.
-It does not parse Markdown; it only keeps lists, headings, tables and fences from melting together.
+`clean` comes before everything that a model, a document, a tool or a user wrote. Sentences are found by rules for Latin and
+CJK punctuation, no model, and no knowledge of a language beyond a list of English abbreviations; Markdown is not parsed, only
+lists, headings, tables and fences are kept from melting together.
 """
 
 from __future__ import annotations
 
 import re
+from datetime import datetime
+
+_SEQUENCES = re.compile(
+    r"(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # OSC: titles, the clipboard, links
+    r"|(?:\x1b[PX^_]|[\x90\x98\x9e\x9f])[^\x1b\x9c]*(?:\x1b\\|\x9c)"  # DCS, SOS, PM, APC
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, the cursor
+    r"|\x1b[ -/]*[0-~]"
+)
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidirectional controls: text that reads otherwise than it is
+    "\u2028\u2029\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def clean(text: str) -> str:
+    """The text without anything a terminal would obey or reorder by; newlines and tabs stay. Lone surrogates become �."""
+    return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", _SEQUENCES.sub("", text)))
+
+
+def one_line(text: str, width: int) -> str:
+    """Cleaned, white space made single, cut to `width` characters with an ellipsis."""
+    flat = " ".join(clean(text[: width * 8]).split())
+    return flat if len(flat) <= width else flat[: max(0, width - 1)] + "…"
+
+
+def short_name(reference: str) -> str:
+    """What people call the graph of a reference: `agent` for `/path/langgraph.json:agent`, `mine.py:graph` for a file's."""
+    place, found, name = reference.rpartition(":")
+    if place.endswith(".json"):
+        return name
+    return f"{place.rpartition('/')[2]}:{name}" if found and place.endswith(".py") else reference
+
+
+def duration(ns: int | None) -> str:
+    """`0.4 ms`, `340 ms`, `1.24 s`, `2 m 05 s`, `3 h 07 m`; a dash for what has not ended."""
+    if ns is None:
+        return "-"
+    seconds = ns / 1e9
+    if seconds < 0.01:
+        return f"{seconds * 1000:.1f} ms"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.2f} s"
+    minutes = round(seconds) // 60
+    return f"{minutes} m {round(seconds) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
+
+
+def moment(ns: int) -> str:
+    """Local date and time to the second."""
+    return datetime.fromtimestamp(ns / 1e9).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def count(number: int) -> str:
+    """`812`, `12.3k`, `4.5M`."""
+    if number < 10_000:
+        return str(number)
+    return f"{number / 1000:.1f}k" if number < 1_000_000 else f"{number / 1_000_000:.1f}M"
+
 
 _ABBREVIATIONS = (
     "e.g i.e cf vs viz ca al approx resp incl excl esp eds Dr Mr Mrs Ms Prof St Jr Sr Mt Inc Ltd Co Corp Dept Univ Gen Col "

@@ -65,7 +65,7 @@ def inbox(
 ) -> None:
     """List what runs wait for, oldest first, and how to answer."""
     from agentops.cli.render import interrupt_lines, moment, one_line
-    from agentops.project import short_name
+    from agentops.text import short_name
 
     with _record() as store:
         waiting = [store.run(run)] if run else store.runs(status="waiting", limit=10_000)[::-1]
@@ -189,7 +189,7 @@ def _table(rows: list[RunRow], asked: dict[str, str]) -> None:
     from rich.text import Text
 
     from agentops.cli.render import STATUS_COLOURS, duration, moment, one_line, tokens
-    from agentops.project import short_name
+    from agentops.text import short_name
 
     console = _console()
     wide = console.width >= 130

@@ -16,7 +16,8 @@ from agentops import Runtime, Settings
 from agentops.cli.graph import names
 from agentops.errors import GraphBroken, GraphError, GraphNotFound
 from agentops.graph import load_graph
-from agentops.project import find_project, list_graphs, locate, package_graphs, read_manifest, short_name
+from agentops.project import find_project, list_graphs, locate, package_graphs, read_manifest
+from agentops.text import short_name
 
 MADE = """
 '''{about}'''
