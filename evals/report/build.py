@@ -1,0 +1,412 @@
+"""Reports from the record: an experiment, some recorded runs, or two experiments side by side.
+
+The record is only read, and what runs said and were asked is got through the callables that the caller gives. Nothing here
+draws, and no metric is computed: scores are as they were recorded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from agentops.errors import AgentOpsError, RunNotFound, UsageError
+from evals.report.model import (
+    Agreement,
+    Arm,
+    Calibrated,
+    Case,
+    Change,
+    Comparison,
+    MetricDifference,
+    MetricResult,
+    PersonScore,
+    Report,
+    Scale,
+    Verdict,
+)
+from evals.samples import Sample
+from evals.statistics import agreement, calibration, estimate, holm, paired
+
+if TYPE_CHECKING:
+    from agentops.store import CaseRow, ExperimentRow, ScoreRow, Store
+
+SampleOf = Callable[["CaseRow"], "Sample | None"]
+"""Gives the sample behind a case: its question, answer and reference. For recorded runs the case's id is the run's."""
+
+TraceOf = Callable[[str], Sequence[str]]
+"""Gives the lines that show a run, by its id. Asked for the cases that the report opens up, and no others."""
+
+THUMBS = "thumbs"
+"""The name of people's scores that say of a whole answer whether it is good: 1 or 0. A metric that people did not score by its
+own name is calibrated against these."""
+
+SIGNIFICANT = 0.05
+LEAST_CALIBRATED = 10
+"""With fewer cases a calibration shows nothing."""
+
+
+def report_of(
+    store: Store,
+    experiment: str,
+    *,
+    scales: Mapping[str, Scale] | None = None,
+    sample: SampleOf | None = None,
+    trace: TraceOf | None = None,
+    worst: int = 5,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Report:
+    """The report of an experiment, which is named as for `Store.experiment`. Every case counts for every metric: one that has not
+    run, or has failed, is unscored with that as its reason.
+
+    `scales` says of metrics what their bounds are and which end is good; for those not in it more is better. The `worst` cases of
+    each metric get their trace.
+
+    Raises:
+        RecordError: there is no such experiment.
+    """
+    row = store.experiment(experiment)
+    reader = _Reader(store, dict(scales or {}), sample, level, seed)
+    arm, notes = reader.experiment(row)
+    report = Report(f"Experiment {row.name or row.id}", (arm,), notes=notes, level=level, seed=seed)
+    return _opened(report, trace, worst)
+
+
+def report_of_runs(
+    store: Store,
+    run_ids: Sequence[str],
+    *,
+    scales: Mapping[str, Scale] | None = None,
+    sample: SampleOf | None = None,
+    trace: TraceOf | None = None,
+    worst: int = 5,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Report:
+    """As `report_of`, of runs as they are on record: each is a case, and the latest score of each metric counts.
+
+    Raises:
+        RunNotFound: a run is not on record.
+        UsageError: there are none.
+    """
+    if not run_ids:
+        raise UsageError("there are no runs to report on", hint="list them with: agentops runs")
+    reader = _Reader(store, dict(scales or {}), sample, level, seed)
+    arm, notes = reader.runs(run_ids)
+    title = f"Run {arm.cases[0].id}" if len(arm.cases) == 1 else f"{len(arm.cases)} recorded runs"
+    return _opened(Report(title, (arm,), notes=notes, level=level, seed=seed), trace, worst)
+
+
+def compare(
+    store: Store,
+    first: str,
+    second: str,
+    *,
+    common: bool = False,
+    scales: Mapping[str, Scale] | None = None,
+    sample: SampleOf | None = None,
+    trace: TraceOf | None = None,
+    worst: int = 5,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Report:
+    """Two experiments on the same cases, paired by the case's id; differences are second minus first.
+
+    With `common`, experiments on different datasets are compared over the cases that both have. The cases that changed most get
+    their traces too.
+
+    Raises:
+        RecordError: there is no such experiment.
+        UsageError: it is one experiment twice, the datasets differ and `common` is not asked for, or no case is in both.
+    """
+    rows = store.experiment(first), store.experiment(second)
+    if rows[0].id == rows[1].id:
+        raise UsageError(f"'{first}' and '{second}' are the same experiment", hint="list them with: agentops experiments")
+    if rows[0].dataset_hash != rows[1].dataset_hash and not common:
+        raise UsageError(
+            f"the experiments were run on different datasets: {rows[0].dataset} ({rows[0].dataset_hash}) "
+            f"and {rows[1].dataset} ({rows[1].dataset_hash})",
+            hint="compare the cases that both have with: --common",
+        )
+    reader = _Reader(store, dict(scales or {}), sample, level, seed)
+    (one, said), (other, also) = reader.experiment(rows[0]), reader.experiment(rows[1])
+    title = f"{rows[0].name or rows[0].id} and {rows[1].name or rows[1].id}"
+    comparison, notes = _compared(one, other, level, seed)
+    if not comparison.common:
+        raise UsageError("no case is in both experiments", hint="cases are the same where their ids are")
+    told = (*(f"{one.name}: {line}" for line in said), *(f"{other.name}: {line}" for line in also), *notes)
+    return _opened(Report(title, (one, other), comparison, told, level, seed), trace, worst)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Makes arms of what is on record."""
+
+    store: Store
+    scales: Mapping[str, Scale]
+    sample: SampleOf | None
+    level: float
+    seed: int
+
+    def experiment(self, row: ExperimentRow) -> tuple[Arm, tuple[str, ...]]:
+        given: dict[str, list[ScoreRow]] = {}
+        for one in self.store.scores(experiment=row.id):
+            given.setdefault(one.case_id or "", []).append(one)
+        cases = [self._case(found, given.get(found.case_id, [])) for found in self.store.cases(row.id)]
+        model = row.settings.get("model")
+        about = (
+            ("dataset", f"{row.dataset} ({row.dataset_hash})"),
+            ("graph", row.graph),
+            *((("model", str(model)),) if isinstance(model, str) else ()),
+            ("status", row.status + (f": {row.error}" if row.error else "")),
+            ("cases", str(len(cases))),
+        )
+        notes = (
+            [] if row.status == "done" else [f"the experiment is {row.status}: what is not scored yet may change every number"]
+        )
+        if len(cases) < row.cases:
+            notes.append(f"{row.cases - len(cases)} of {row.cases} cases are not on record yet")
+        return self._arm(row.id, row.name or row.id, about, cases, given, notes)
+
+    def runs(self, run_ids: Iterable[str]) -> tuple[Arm, tuple[str, ...]]:
+        from agentops.store import CaseRow
+
+        given: dict[str, list[ScoreRow]] = {}
+        cases: list[Case] = []
+        for run_id in dict.fromkeys(run_ids):
+            run = self.store.run(run_id)
+            given[run.id] = self.store.scores(run=run.id)
+            cases.append(self._case(CaseRow("", run.id, len(cases), run.id, run.status, run.error), given[run.id]))
+        threads = len({case.thread_id for case in cases})
+        return self._arm("", "recorded runs", (("runs", str(len(cases))), ("threads", str(threads))), cases, given, [])
+
+    def _case(self, row: CaseRow, given: Sequence[ScoreRow]) -> Case:
+        said = self.store.scores(run=row.run_id) if row.run_id and row.experiment_id else given
+        people: dict[tuple[str, str, str | None], PersonScore] = {}
+        for one in said:
+            if one.score.source == "human":
+                people[one.author, one.score.name, one.span_id] = PersonScore(one.author, one.score, one.span_id)
+        case = Case(
+            id=row.case_id,
+            run_id=row.run_id or "",
+            status=row.status,
+            error=row.error or "",
+            scores={one.score.name: one.score for one in given if one.score.source != "human"},
+            people=tuple(people.values()),
+        )
+        with suppress(RunNotFound):
+            case = replace(case, thread_id=self.store.run(row.run_id).thread_id) if row.run_id else case
+        if self.sample is None or not row.run_id:
+            return case
+        try:
+            sample = self.sample(row)
+        except AgentOpsError as error:
+            return replace(case, error=case.error or f"what it said cannot be read: {error}")
+        if sample is None:
+            return case
+        return replace(case, question=sample.question, answer=sample.answer, reference=sample.reference.answer or "")
+
+    def _arm(
+        self,
+        key: str,
+        name: str,
+        about: tuple[tuple[str, str], ...],
+        cases: Sequence[Case],
+        given: Mapping[str, Sequence[ScoreRow]],
+        notes: list[str],
+    ) -> tuple[Arm, tuple[str, ...]]:
+        names = dict.fromkeys(name for case in cases for name in case.scores)
+        versions: dict[str, set[str]] = {}
+        for case in cases:
+            latest = {one.score.name: one for one in given.get(case.id, ()) if one.score.source != "human"}
+            for metric, row in latest.items():
+                versions.setdefault(metric, set()).add(row.author)
+        metrics = tuple(self._result(metric, cases, versions.get(metric, set())) for metric in names)
+        notes += [
+            f"{one.name} was scored by {len(one.versions)} versions of the metric: its values may not be comparable"
+            for one in metrics
+            if len(one.versions) > 1
+        ]
+        clusters = len({case.thread_id or case.id for case in cases})
+        if clusters < len(cases):
+            notes.append(f"the {len(cases)} cases come from {clusters} threads: intervals are clustered by thread")
+        agreements = tuple(agreed for metric in names if (agreed := self._agreement(metric, cases)))
+        calibrations = tuple(found for result in metrics if (found := self._calibrated(result, cases)))
+        return Arm(key, name, about, tuple(cases), metrics, agreements, calibrations), tuple(notes)
+
+    def _result(self, name: str, cases: Sequence[Case], versions: set[str]) -> MetricResult:
+        values: dict[str, float] = {}
+        unscored: Counter[str] = Counter()
+        judged: Counter[str] = Counter()
+        for case in cases:
+            score = case.scores.get(name)
+            if score is not None and score.value is not None:
+                values[case.id] = score.value
+                judged[score.judged or score.source] += 1
+            else:
+                unscored[score.reason if score is not None else _why_none(case)] += 1
+        threads = [case.thread_id or case.id for case in cases if case.id in values]
+        return MetricResult(
+            name=name,
+            scale=self.scales.get(name, Scale()),
+            interval=estimate(list(values.values()), threads, level=self.level, seed=self.seed),
+            asked=len(cases),
+            values=values,
+            unscored=dict(unscored.most_common()),
+            judged=dict(judged.most_common()),
+            versions=tuple(sorted(versions - {""})),
+        )
+
+    def _agreement(self, name: str, cases: Sequence[Case]) -> Agreement | None:
+        said = [
+            {one.author: one.score.value for one in case.people if one.score.name == name and not one.span_id} for case in cases
+        ]
+        authors = sorted({author for each in said for author in each})
+        if not authors:
+            return None
+        judge = [case.scores[name].value if name in case.scores else None for case in cases]
+        people = [[each.get(author) for each in said] for author in authors]
+        both = [
+            place
+            for place, value in enumerate(judge)
+            if value is not None and any(person[place] is not None for person in people)
+        ]
+        if not both:
+            return None
+        given = {value for row in (judge, *people) for place in both if (value := row[place]) is not None}
+        scale = "nominal" if given <= {0.0, 1.0} else "interval"
+        rows = [[row[place] for place in both] for row in (judge, *people)]
+        among = agreement(people, scale, level=self.level, seed=self.seed) if len(people) > 1 else None  # type: ignore[arg-type]
+        return Agreement(
+            name=name,
+            raters=("judge", *authors),
+            cases=len(both),
+            scale=scale,
+            alpha=agreement(rows, scale, level=self.level, seed=self.seed),  # type: ignore[arg-type]
+            people=among if among is not None and among.clusters else None,
+        )
+
+    def _calibrated(self, metric: MetricResult, cases: Sequence[Case]) -> Calibrated | None:
+        if not all(0 <= value <= 1 for value in metric.values.values()):
+            return None
+        for against in (metric.name, THUMBS):
+            pairs = [
+                (metric.values[case.id], float(sum(said) * 2 > len(said)))
+                for case in cases
+                if case.id in metric.values
+                and (said := [one.score.value for one in case.people if one.score.name == against and one.score.value in (0, 1)])
+            ]
+            if len(pairs) >= LEAST_CALIBRATED:
+                scores, outcomes = zip(*pairs, strict=True)
+                flipped = metric.scale.better == "low" and against == THUMBS
+                outcomes = tuple(1 - one for one in outcomes) if flipped else outcomes
+                return Calibrated(metric.name, against, calibration(scores, outcomes, level=self.level))
+        return None
+
+
+def _why_none(case: Case) -> str:
+    if case.status in ("done", "waiting"):
+        return "not scored"
+    return (
+        "not run yet"
+        if case.status in ("queued", "running")
+        else f"the run {case.status}"
+        if case.status == "failed"
+        else case.status
+    )
+
+
+def _compared(first: Arm, second: Arm, level: float, seed: int) -> tuple[Comparison, tuple[str, ...]]:
+    """Over the cases that both arms have. A case's cluster is its place in the first arm's threads: a pair of runs of one case
+    is independent of others where they are there."""
+    threads = {case.id: case.thread_id or case.id for case in first.cases}
+    ids = [case.id for case in second.cases if case.id in threads]
+    ids = [case.id for case in first.cases if case.id in set(ids)]
+    names = [one.name for one in first.metrics if second.metric(one.name)]
+    notes = []
+    found, changes = [], []
+    for name in names:
+        one, other = first.metric(name), second.metric(name)
+        assert one is not None
+        assert other is not None
+        if one.versions != other.versions:
+            notes.append(f"{name} was scored by different versions of the metric: a difference may be the metric's own")
+        both = [key for key in ids if key in one.values and key in other.values]
+        before, after = [one.values[key] for key in both], [other.values[key] for key in both]
+        test = paired(before, after, [threads[key] for key in both], level=level, seed=seed)
+        found.append(
+            MetricDifference(
+                name=name,
+                scale=other.scale,
+                first=test.first,
+                second=test.second,
+                difference=test.difference,
+                p=test.p,
+                p_holm=None,
+                test=test.test,
+                verdict="not shown",
+                higher=test.higher,
+                same=test.same,
+                lower=test.lower,
+                only_first=sum(key in one.values and key not in other.values for key in ids),
+                only_second=sum(key in other.values and key not in one.values for key in ids),
+            )
+        )
+        changes += _changes(name, other.scale, dict(zip(both, zip(before, after, strict=True), strict=True)))
+    corrected = holm([one.p for one in found])
+    metrics = tuple(replace(one, p_holm=p, verdict=_verdict(one, p)) for one, p in zip(found, corrected, strict=True))
+    missing = sorted({one.name for one in (*first.metrics, *second.metrics)} - set(names))
+    if missing:
+        notes.append("measured in one experiment alone, and not compared: " + ", ".join(missing))
+    changes.sort(key=lambda change: -abs(change.gain))
+    alone = (
+        tuple(case.id for case in first.cases if case.id not in set(ids)),
+        tuple(case.id for case in second.cases if case.id not in set(ids)),
+    )
+    return Comparison(metrics, tuple(changes), len(ids), alone), tuple(notes)
+
+
+def _changes(name: str, scale: Scale, pairs: Mapping[str, tuple[float, float]]) -> list[Change]:
+    values = [value for pair in pairs.values() for value in pair]
+    bounded = scale.low is not None and scale.high is not None
+    span = (scale.high - scale.low) if bounded else (max(values) - min(values) if values else 0)  # type: ignore[operator]
+    sign = -1.0 if scale.better == "low" else 1.0
+    return [
+        Change(key, name, before, after, sign * (after - before) / (span or 1.0))
+        for key, (before, after) in pairs.items()
+        if before != after
+    ]
+
+
+def _verdict(one: MetricDifference, p: float | None) -> Verdict:
+    if p is None or p > SIGNIFICANT or not one.difference.value:
+        return "not shown"
+    return "better" if (one.difference.value > 0) == (one.scale.better != "low") else "worse"
+
+
+def opened(report: Report, worst: int) -> tuple[str, ...]:
+    """Ids of the cases that a report opens up: the worst of each metric, or those that changed most between two experiments."""
+    if report.comparison is not None:
+        return tuple(dict.fromkeys(change.case_id for change in report.comparison.changes))[: 2 * worst]
+    return tuple(
+        dict.fromkeys(case.id for arm in report.arms for metric in arm.metrics for case in arm.worst(metric.name, worst))
+    )
+
+
+def _opened(report: Report, trace: TraceOf | None, worst: int) -> Report:
+    if trace is None:
+        return report
+    wanted = set(opened(report, worst))
+
+    def lines(case: Case) -> Case:
+        if case.id not in wanted or not case.run_id:
+            return case
+        try:
+            return replace(case, trace=tuple(trace(case.run_id)))
+        except AgentOpsError as error:
+            return replace(case, trace=(f"the trace cannot be read: {error}",))
+
+    return replace(report, arms=tuple(replace(arm, cases=tuple(map(lines, arm.cases))) for arm in report.arms))
