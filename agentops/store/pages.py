@@ -1,0 +1,276 @@
+"""What a screen shows of the record: rows in pages by key, sums for meters, and a token that tells when something changed.
+
+A list is a vector of keys (SQLite's row ids, eight bytes a row) in the order asked for, and the rows of the keys that are
+seen; no page is found by counting from the start. Payloads are read for one row at a time, by `Store.payload`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import ColumnClause, Connection, Select, column, func, or_, select
+
+from agentops.errors import RecordError, StoreTooNew
+from agentops.records import RunStatus, SpanKind, SpanStatus
+from agentops.settings import Settings
+from agentops.store import Store
+from agentops.store.opening import HEAD, REVISIONS, database_path, translated, version
+from agentops.store.tables import table
+
+Sort = Literal["started", "time", "tokens", "graph", "status"]
+SORTS: tuple[Sort, ...] = ("started", "time", "tokens", "graph", "status")
+_ROWID: ColumnClause[int] = column("rowid")
+_CHUNK = 500
+_NEWEST_SPANS = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class RunFilter:
+    """Which runs are wanted. An empty part wants all; several values of one part want any of them; every word of `words` must
+    be in the id, thread, graph or error (letters of either case)."""
+
+    statuses: tuple[str, ...] = ()
+    graphs: tuple[str, ...] = ()
+    threads: tuple[str, ...] = ()
+    since_ns: int | None = None
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RunLine:
+    """A run as a list shows it. `segment` names the journal file that its process holds while it lives."""
+
+    key: int
+    id: str
+    thread_id: str
+    graph: str
+    status: RunStatus
+    started_ns: int
+    ended_ns: int | None
+    error: str | None
+    pid: int
+    segment: str
+    input_hash: str | None
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int
+
+    @property
+    def duration_ns(self) -> int | None:
+        return None if self.ended_ns is None else self.ended_ns - self.started_ns
+
+
+class SpanLine(NamedTuple):
+    """A span as a trace shows it, without attributes and contents."""
+
+    key: int
+    id: str
+    parent_id: str | None
+    root_id: str
+    kind: SpanKind
+    name: str
+    status: SpanStatus
+    start_ns: int
+    duration_ns: int | None
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int
+
+
+class CallLine(NamedTuple):
+    """A model call as meters need it; times in milliseconds."""
+
+    run_id: str
+    model: str | None
+    status: SpanStatus
+    start_ns: int
+    duration_ns: int | None
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+def open_pages(settings: Settings, *, wait_s: float = 0.25) -> Pages:
+    """The record that is there; `wait_s` is how long one reading waits for a lock.
+
+    Raises:
+        StoreLocked, StoreTooNew, StoreBroken, RecordError: among them that there is no record, or an older one.
+    """
+    path = database_path(settings)
+    with translated(path):
+        found = version(path, wait_s)
+    if found != HEAD:
+        said = f"there is no record at {path}" if found is None else f"the record at {path} is of an older version"
+        raise RecordError(said, hint="any verb that reads it makes or upgrades it: agentops runs")
+    return Pages(replace(settings, record=replace(settings.record, lock_timeout_s=wait_s)))
+
+
+class Pages(Store):
+    """A reader for a screen. It belongs to one thread; close it."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._place = self._file()
+        self._watch: Connection | None = None
+        self._seen = -1
+
+    def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        super().close()
+
+    def _file(self) -> tuple[int, int]:
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            raise RecordError(f"the record at {self._path} is gone", hint="it is looked for again and again") from error
+        return found.st_dev, found.st_ino
+
+    def change(self) -> int:
+        """A number that differs from the one before when somebody has written since.
+
+        Raises:
+            RecordError: the file is gone, or is another one than was opened.
+            StoreTooNew: it was upgraded meanwhile.
+            StoreLocked, StoreBroken
+        """
+        if self._file() != self._place:
+            raise RecordError(f"the record at {self._path} was replaced by another", hint="it is opened anew")
+        with translated(self._path):
+            if self._watch is None:
+                self._watch = self._engine.connect()
+            now = int(self._watch.exec_driver_sql("PRAGMA data_version").scalar_one())
+            if now != self._seen:
+                schema = str(self._watch.exec_driver_sql("SELECT version_num FROM alembic_version").scalar_one())
+                if schema not in REVISIONS:
+                    raise StoreTooNew(
+                        f"the record is now one of a newer version of this program (schema {schema}, this one knows {HEAD})",
+                        hint="upgrade agentops-runtime, and open the screen again",
+                    )
+                self._seen = now
+        return now
+
+    def run_keys(self, wanted: RunFilter, sort: Sort, *, descending: bool = True, limit: int | None = None) -> array[int]:
+        """Keys of the runs wanted, in order; the first `limit` of them."""
+        runs = table("run")
+        order = {
+            "started": (runs.c.started_ns, runs.c.id),
+            "time": (runs.c.ended_ns - runs.c.started_ns, runs.c.id),
+            "tokens": (runs.c.input_tokens + runs.c.output_tokens, runs.c.id),
+            "graph": (runs.c.graph, runs.c.started_ns, runs.c.id),
+            "status": (runs.c.status, runs.c.started_ns, runs.c.id),
+        }[sort]
+        ordered = [one.desc() if descending else one.asc() for one in order]
+        return self._keys(_filtered(wanted).order_by(*ordered).limit(limit))
+
+    def new_run_keys(self, wanted: RunFilter, after: int) -> array[int]:
+        """Keys above `after` of runs wanted, newest first: what came since a vector was read."""
+        runs = table("run")
+        return self._keys(_filtered(wanted).where(after < _ROWID).order_by(runs.c.started_ns.desc(), runs.c.id.desc()))
+
+    def last_run_key(self) -> int:
+        """The highest key of all runs, 0 where there are none."""
+        return int(self._plain(select(func.coalesce(func.max(_ROWID), 0)).select_from(table("run")))[0][0])
+
+    def run_lines(self, keys: Iterable[int]) -> dict[int, RunLine]:
+        """The rows of these keys; what is gone is left out."""
+        runs = table("run")
+        columns = [runs.c[name] for name in _RUN_LINE]
+        found: dict[int, RunLine] = {}
+        for part in _parts(keys):
+            for row in self._plain(select(_ROWID, *columns).select_from(runs).where(_ROWID.in_(part))):
+                found[row[0]] = RunLine(*row)
+        return found
+
+    def run_line(self, run_id: str) -> RunLine | None:
+        """One run by its whole id."""
+        runs = table("run")
+        rows = self._plain(select(_ROWID).select_from(runs).where(runs.c.id == run_id))
+        return self.run_lines([rows[0][0]]).get(rows[0][0]) if rows else None
+
+    def statuses(self) -> dict[str, int]:
+        """How many runs there are of each status."""
+        runs = table("run")
+        return {row[0]: row[1] for row in self._plain(select(runs.c.status, func.count()).group_by(runs.c.status))}
+
+    def span_lines(self, run_id: str, *, after: int = 0) -> list[SpanLine]:
+        """A run's spans in the order in which they started, those with a key above `after`."""
+        spans = table("span")
+        query = _span_columns().where(spans.c.run_id == run_id).order_by(spans.c.start_ns, spans.c.seq, spans.c.id)
+        if after:
+            query = query.where(after < _ROWID)
+        return [SpanLine._make(row) for row in self._plain(query)]
+
+    def span_lines_of(self, keys: Iterable[int]) -> list[SpanLine]:
+        """The spans of these keys as they are now."""
+        return [SpanLine._make(row) for part in _parts(keys) for row in self._plain(_span_columns().where(_ROWID.in_(part)))]
+
+    def calls(self, *, since_ns: int = 0) -> list[CallLine]:
+        """The model calls among the newest spans that are kept, those that started since; in the order of their keys."""
+        spans = table("span")
+        newest = select(func.coalesce(func.max(_ROWID), 0) - _NEWEST_SPANS).select_from(spans).scalar_subquery()
+        query = (
+            select(*(spans.c[name] for name in CallLine._fields))
+            .where(newest < _ROWID, spans.c.kind == "generation", spans.c.start_ns >= since_ns)
+            .order_by(_ROWID)
+        )
+        return [CallLine._make(row) for row in self._plain(query)]
+
+    def case_counts(self) -> dict[str, dict[str, int]]:
+        """How many cases of each experiment are in which status."""
+        cases = table("experiment_case")
+        grouped = select(cases.c.experiment_id, cases.c.status, func.count()).group_by(cases.c.experiment_id, cases.c.status)
+        found: dict[str, dict[str, int]] = {}
+        for experiment, status, count in self._plain(grouped):
+            found.setdefault(experiment, {})[status] = count
+        return found
+
+    def _plain(self, query: Select[Any]) -> list[Any]:
+        return list(self._all(query))
+
+    def _keys(self, query: Select[Any]) -> array[int]:
+        with translated(self._path), self._engine.connect() as connection:
+            return array("q", connection.execute(query).scalars())
+
+
+def _filtered(wanted: RunFilter) -> Select[Any]:
+    runs = table("run")
+    query = select(_ROWID).select_from(runs)
+    for place, values in ((runs.c.status, wanted.statuses), (runs.c.thread_id, wanted.threads)):
+        if values:
+            query = query.where(place.in_(values))
+    if wanted.graphs:
+        # `rag`, or the end of a file's or manifest's reference: `/there/mine.py:graph` is found by `mine.py` and `graph`.
+        query = query.where(or_(*(_called(runs.c.graph, name) for name in wanted.graphs)))
+    if wanted.since_ns is not None:
+        query = query.where(runs.c.started_ns >= wanted.since_ns)
+    for word in wanted.words:
+        query = query.where(or_(*(_has(runs.c[name], word) for name in ("id", "thread_id", "graph", "error"))))
+    return query
+
+
+def _has(place: Any, text: str) -> Any:
+    return place.icontains(text, autoescape=True)
+
+
+def _called(place: Any, name: str) -> Any:
+    return or_(place == name, _has(place, f"/{name}"), place.iendswith(f":{name}", autoescape=True))
+
+
+def _span_columns() -> Select[Any]:
+    spans = table("span")
+    return select(_ROWID, *(spans.c[name] for name in SpanLine._fields[1:])).select_from(spans)
+
+
+def _parts(keys: Iterable[int]) -> Iterable[Sequence[int]]:
+    listed = list(keys)
+    return (listed[at : at + _CHUNK] for at in range(0, len(listed), _CHUNK))
+
+
+_RUN_LINE = [spec.name for spec in fields(RunLine) if spec.name != "key"]
