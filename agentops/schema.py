@@ -7,6 +7,9 @@ from decimal import Decimal, InvalidOperation
 from functools import cache
 from typing import Any
 
+BROKEN = "the schema itself is broken"
+"""What `violation` begins with where the schema is at fault and not the value."""
+
 
 def violation(schema: dict[str, Any], value: Any) -> str:
     """What keeps `value` from fitting, in one line; empty when it fits. A schema that is none itself is told in the same way."""
@@ -16,7 +19,7 @@ def violation(schema: dict[str, Any], value: Any) -> str:
     try:
         worst = best_match(_validator(schema).iter_errors(value))
     except (SchemaError, Unresolvable, RecursionError) as error:
-        return f"the schema itself is broken: {str(error).splitlines()[0]}"
+        return f"{BROKEN}: {str(error).splitlines()[0]}"
     if worst is None:
         return ""
     place = ".".join(str(part) for part in worst.absolute_path)
