@@ -22,8 +22,8 @@ from agentops.text import split_sentences
 SOURCE_CHARACTERS = 4_000
 """Of a longer source the sentences are read that share most words with the claims."""
 
-SUPPORTED = 0.0
-USEFUL = 0.0
+COVERAGE, LIFT, LEAST = 2.8, 1.2, 2.0
+"""A claim is supported when `COVERAGE` times its coverage and `LIFT` times its lowest lift are `LEAST` together."""
 ON_TOPIC = 0.25
 """Least cosine of what was said and a topic that it belongs to."""
 
@@ -39,15 +39,17 @@ _EVASIVE = re.compile(
 
 
 def claims(text: str) -> list[str]:
-    """What a text says, one a sentence or a clause that stands for itself; no questions, no citation marks, nothing evasive."""
-    found = []
+    """What a text says, one a sentence or a clause that stands for itself; no questions, no citation marks, nothing evasive. A
+    text that is too short to be taken apart is one claim."""
+    found: list[str] = []
     for sentence in split_sentences(_CITED.sub("", text)):
         if sentence.endswith("?") or is_evasive(sentence):
             continue
         parts = _CLAUSE.split(sentence)
         whole = all(len(terms(part)) >= 2 for part in parts)
         found += [part.strip() for part in (parts if whole else [sentence]) if terms(part)]
-    return found
+    text = text.strip()
+    return found or ([text] if text and not is_evasive(text) and not text.endswith("?") else [])
 
 
 def is_evasive(text: str) -> bool:
@@ -66,11 +68,22 @@ class Support:
 
     @property
     def total(self) -> float:
-        return self.coverage + self.lift / 4 - len(self.missing)
+        """Above 0 for what is supported. A number that the source does not have costs as much as all the words."""
+        return COVERAGE * (self.coverage - bool(self.missing)) + LIFT * self.lift - LEAST
 
     @property
     def verdict(self) -> bool:
-        return self.total >= SUPPORTED
+        return self.total >= 0
+
+    @property
+    def useful(self) -> bool:
+        """Whether the source has to do with the claim at all."""
+        return self.verdict
+
+    @property
+    def why(self) -> str:
+        missing = f", no {', '.join(self.missing)}" if self.missing else ""
+        return f"lift {self.lift:.2f}, coverage {self.coverage:.2f}{missing}"
 
 
 async def supports(engine: Engine, claims: Sequence[str], source: str, question: str = "") -> list[Support]:

@@ -13,7 +13,7 @@ import asyncio
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module, metadata, util
 from typing import TYPE_CHECKING, Any
@@ -44,10 +44,18 @@ class Unscored(Exception):
     """There is nothing to be scored; the message is the reason."""
 
 
+class Settled(Exception):
+    """The value is known without asking."""
+
+    def __init__(self, value: float, comment: str) -> None:
+        super().__init__(comment)
+        self.value = value
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """One of ragas' metrics: the name of its class, what it is given for a sample, and its bounds. `negative` says that values
-    below `low` are as bad as it, and not wrong."""
+    below `low` are as bad as it, and not wrong; `check` raises `Unscored` for answers that ragas makes no sense of."""
 
     name: str
     ragas: str
@@ -58,6 +66,7 @@ class Kind:
     high: float = 1.0
     negative: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Sequence[Mapping[str, Any]]], None] = lambda answers: None
 
 
 def ragas_metrics(judge: Judge, embedder: Embedder) -> dict[str, Metric]:
@@ -88,6 +97,9 @@ class RagasMetric:
         asked = Questions(self._judge, sample)
         try:
             value = self._checked(await self._value(sample, asked))
+            self._kind.check(asked.answers)
+        except Settled as known:
+            return Score(self.name, known.value, self._source, judged=self._judged, comment=str(known))
         except Unscored as nothing:
             return self._unscored(str(nothing), asked)
         except JudgeFailed as failure:
@@ -138,35 +150,37 @@ class Questions:
 
     def __init__(self, judge: Judge, sample: Sample) -> None:
         self._judge, self._sample = judge, sample
-        self._verdicts: list[dict[str, Any]] = []
-        self.count = 0
+        self.answers: list[dict[str, Any]] = []
 
     async def answer(self, prompt: Prompt, model: type[BaseModel]) -> Any:
         """
         Raises:
             JudgeFailed, AgentOpsError, Unscored
         """
-        self.count += 1
         if self._judge.how == "computed":
             from evals.metrics.ragas_computed import computed
 
             value = await computed(self._judge, self._sample, prompt.given)
         else:
             value = await self._judge.ask(prompt, narrowed(model.model_json_schema(), prompt.given))
-        self._verdicts += list(_told(value))
+        self.answers.append(value)
         return value
 
     @property
     def details(self) -> dict[str, Any]:
         """The verdicts by claim, as far as there are any, and who gave them."""
-        if not self.count:
+        if not self.answers:
             return {}
-        return {"judge": self._judge.name, "questions": self.count, "verdicts": self._verdicts[:_SHOWN]}
+        return {"judge": self._judge.name, "questions": len(self.answers), "verdicts": self._verdicts[:_SHOWN]}
 
     @property
     def comment(self) -> str:
         """What was found wanting."""
         return "; ".join(one["claim"] for one in self._verdicts if one["verdict"] == 0 and one["claim"])[:500]
+
+    @property
+    def _verdicts(self) -> list[dict[str, Any]]:
+        return [verdict for answer in self.answers for verdict in _told(answer)]
 
 
 def narrowed(schema: Schema, given: BaseModel) -> Schema:
@@ -215,10 +229,8 @@ def narrowed(schema: Schema, given: BaseModel) -> Schema:
     return dict(narrow(schema))
 
 
-def _told(value: Any) -> list[dict[str, Any]]:
+def _told(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The verdicts in an answer, each with what it is about."""
-    if not isinstance(value, dict):
-        return []
     found = []
     for key in ("statements", "classifications"):
         for one in value.get(key) or ():
@@ -317,6 +329,11 @@ def _calls(sample: Sample, *, surplus: bool) -> dict[str, Any]:
     if sample.reference.trajectory is None:
         raise Unscored(NO_REFERENCE)
     made, wanted = list(sample.tool_calls), list(sample.reference.trajectory)
+    if not made and not wanted:
+        raise Settled(1.0, "nothing was to be called, and nothing was")
+    names, expected = [call.name for call in made], [call.name for call in wanted]
+    if surplus and names != expected:
+        raise Settled(0.0, f"called {', '.join(names) or 'nothing'}; expected {', '.join(expected) or 'nothing'}"[:500])
     given = [{name: _plain(value) for name, value in call.arguments.items()} for call in made]
     asked = [{name: _plain(value) for name, value in call.arguments.items()} for call in wanted]
     if surplus:
@@ -339,6 +356,12 @@ def _plain(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+
+
+def _some_topic(answers: Sequence[Mapping[str, Any]]) -> None:
+    refused = [answer["refused_to_answer"] for answer in answers if "refused_to_answer" in answer]
+    if all(refused) and not any(any(answer.get("classifications", ())) for answer in answers):
+        raise Unscored("nothing on topic was asked, and nothing else was answered")
 
 
 def conversation(sample: Sample) -> list[Any]:
@@ -388,7 +411,7 @@ KINDS = (
     Kind("context_precision_without_reference", "ContextPrecisionWithoutReference", _faithfulness),
     Kind("context_recall", "ContextRecall", _against_reference),
     Kind("factual_correctness", "FactualCorrectness", _correctness),
-    Kind("topic_adherence", "TopicAdherence", _topics),
+    Kind("topic_adherence", "TopicAdherence", _topics, check=_some_topic),
     Kind("agent_goal_accuracy", "AgentGoalAccuracyWithReference", _goal),
     Kind("tool_call_accuracy", "ToolCallAccuracy", lambda sample: _calls(sample, surplus=True), judged=False),
     Kind("tool_call_f1", "ToolCallF1", lambda sample: _calls(sample, surplus=False), judged=False),

@@ -1,12 +1,13 @@
 """Answers to the questions of ragas' metrics, computed (`evals.verdicts`) instead of asked for.
 
-Claims are sentences and clauses; what a text carries, how likely it makes a claim; what belongs to a topic, how near it is to
-it. Each function answers one of ragas' questions, found by the type of its input, with the fields of ragas' answer.
+Claims are sentences and clauses; whether a text carries one is told by how likely it makes it; what belongs to a topic, by
+how near it is to it. Each function answers one of ragas' questions, found by the type of its input, with the fields of ragas'
+answer. What a text deserves under a rubric cannot be computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from agentops.engine import Engine
@@ -22,23 +23,10 @@ async def computed(judge: Judge, sample: Sample, given: Any) -> Any:
         JudgeFailed: there is no way to compute that.
         EngineError
     """
-    try:
-        answer = _ANSWERS[type(given).__name__]
-    except KeyError:
-        raise JudgeFailed("the model is too small to be asked, and this verdict cannot be computed") from None
+    answer = _ANSWERS.get(type(given).__name__)
+    if answer is None:
+        raise JudgeFailed("the model is too small to be asked, and this verdict cannot be computed")
     return await answer(judge, sample, given)
-
-
-def _engine(judge: Judge) -> Engine:
-    if judge.engine is None:
-        raise JudgeFailed("there is no engine to compute verdicts with")
-    return judge.engine
-
-
-def _embedder(judge: Judge) -> Embedder:
-    if judge.embedder is None:
-        raise JudgeFailed("there is no embedder to compute verdicts with")
-    return judge.embedder
 
 
 async def _statements(judge: Judge, sample: Sample, given: Any) -> Any:
@@ -51,13 +39,55 @@ async def _claims(judge: Judge, sample: Sample, given: Any) -> Any:
 
 async def _carried(judge: Judge, sample: Sample, given: Any) -> Any:
     found = await verdicts.supports(_engine(judge), given.statements, given.context, sample.question)
-    return {"statements": [{"statement": one.claim, "reason": _why(one), "verdict": int(one.verdict)} for one in found]}
+    return {"statements": [{"statement": one.claim, "reason": one.why, "verdict": int(one.verdict)} for one in found]}
 
 
 async def _recalled(judge: Judge, sample: Sample, given: Any) -> Any:
     parts = verdicts.claims(given.answer)
     found = await verdicts.supports(_engine(judge), parts, given.context, given.question)
-    return {"classifications": [{"statement": one.claim, "reason": _why(one), "attributed": int(one.verdict)} for one in found]}
+    return {"classifications": [{"statement": one.claim, "reason": one.why, "attributed": int(one.verdict)} for one in found]}
+
+
+async def _useful(judge: Judge, sample: Sample, given: Any) -> Any:
+    """A context was useful when it carries something that the answer says."""
+    parts = verdicts.claims(given.answer)
+    found = await verdicts.supports(_engine(judge), parts, given.context, given.question)
+    best = max(found, key=lambda one: one.total, default=None)
+    return {"reason": best.why if best else "no claims", "verdict": int(best is not None and best.useful)}
+
+
+async def _asked_back(judge: Judge, sample: Sample, given: Any) -> Any:
+    """The question that an answer is to: the answer itself, which lies near it where it is one."""
+    return {"question": given.response, "noncommittal": int(verdicts.is_evasive(given.response))}
+
+
+async def _topics(judge: Judge, sample: Sample, given: Any) -> Any:
+    return {"topics": [asked for asked, _ in _turns(sample)]}
+
+
+async def _refused(judge: Judge, sample: Sample, given: Any) -> Any:
+    replies = [reply for asked, reply in _turns(sample) if asked == given.topic]
+    return {"refused_to_answer": all(not reply.strip() or verdicts.is_evasive(reply) for reply in replies)}
+
+
+async def _classified(judge: Judge, sample: Sample, given: Any) -> Any:
+    near = await verdicts.similarity(_embedder(judge), given.topics, given.reference_topics)
+    return {"classifications": [max(row) >= verdicts.ON_TOPIC for row in near]}
+
+
+async def _outcome(judge: Judge, sample: Sample, given: Any) -> Any:
+    turns = _turns(sample)
+    said = [message.content for message in sample.messages if message.role in ("assistant", "tool") and message.content.strip()]
+    end = said[-1] if said else sample.answer
+    return {"user_goal": turns[0][0] if turns else sample.question, "end_state": end}
+
+
+async def _reached(judge: Judge, sample: Sample, given: Any) -> Any:
+    """What was wanted was reached when the end says all of it and takes nothing back."""
+    parts = verdicts.claims(given.desired_outcome) or [given.desired_outcome]
+    found = await verdicts.supports(_engine(judge), parts, given.arrived_outcome)
+    reached = all(one.verdict for one in found) and not verdicts.is_evasive(given.arrived_outcome)
+    return {"reason": "; ".join(one.why for one in found), "verdict": "1" if reached else "0"}
 
 
 _ANSWERS: dict[str, Callable[[Judge, Sample, Any], Awaitable[Any]]] = {
@@ -65,9 +95,41 @@ _ANSWERS: dict[str, Callable[[Judge, Sample, Any], Awaitable[Any]]] = {
     "ClaimDecompositionInput": _claims,
     "NLIStatementInput": _carried,
     "ContextRecallInput": _recalled,
+    "ContextPrecisionInput": _useful,
+    "AnswerRelevanceInput": _asked_back,
+    "TopicExtractionInput": _topics,
+    "TopicRefusedInput": _refused,
+    "TopicClassificationInput": _classified,
+    "WorkflowInput": _outcome,
+    "CompareOutcomeInput": _reached,
 }
 
 
-def _why(one: verdicts.Support) -> str:
-    missing = f", no {', '.join(one.missing)}" if one.missing else ""
-    return f"lift {one.lift:.2f}, coverage {one.coverage:.2f}{missing}"
+def _turns(sample: Sample) -> list[tuple[str, str]]:
+    """What was asked, with all that was replied to it."""
+    return list(_paired(sample)) or [(sample.question, sample.answer)]
+
+
+def _paired(sample: Sample) -> Iterator[tuple[str, str]]:
+    asked, replies = "", list[str]()
+    for message in sample.messages:
+        if message.role == "user":
+            if asked:
+                yield asked, " ".join(replies)
+            asked, replies = message.content, []
+        elif message.role == "assistant":
+            replies.append(message.content)
+    if asked:
+        yield asked, " ".join(replies)
+
+
+def _engine(judge: Judge) -> Engine:
+    if judge.engine is None:
+        raise JudgeFailed("there is no engine to compute verdicts with")
+    return judge.engine
+
+
+def _embedder(judge: Judge) -> Embedder:
+    if judge.embedder is None:
+        raise JudgeFailed("there is no embedder to compute verdicts with")
+    return judge.embedder
