@@ -361,24 +361,37 @@ def _compared(first: Arm, second: Arm, level: float, seed: int) -> tuple[Compari
     missing = sorted({one.name for one in (*first.metrics, *second.metrics)} - set(names))
     if missing:
         notes.append("measured in one experiment alone, and not compared: " + ", ".join(missing))
-    changes.sort(key=lambda change: -abs(change.gain))
     alone = (
         tuple(case.id for case in first.cases if case.id not in set(ids)),
         tuple(case.id for case in second.cases if case.id not in set(ids)),
     )
-    return Comparison(metrics, tuple(changes), len(ids), alone), tuple(notes)
+    return Comparison(metrics, _ranked(changes), len(ids), alone), tuple(notes)
 
 
 def _changes(name: str, scale: Scale, pairs: Mapping[str, tuple[float, float]]) -> list[Change]:
+    """Of a metric with bounds, or of which nothing is known. One known to have none, such as a time, differs in every case."""
     values = [value for pair in pairs.values() for value in pair]
-    bounded = scale.low is not None and scale.high is not None
-    span = (scale.high - scale.low) if bounded else (max(values) - min(values) if values else 0)  # type: ignore[operator]
+    if scale == Scale() and values:
+        scale = Scale(min(values), max(values))
+    if scale.low is None or scale.high is None:
+        return []
+    width = (scale.high - scale.low) or 1.0
     sign = -1.0 if scale.better == "low" else 1.0
     return [
-        Change(key, name, before, after, sign * (after - before) / (span or 1.0))
+        Change(key, name, before, after, sign * (after - before) / width)
         for key, (before, after) in pairs.items()
         if before != after
     ]
+
+
+def _ranked(changes: Sequence[Change]) -> tuple[Change, ...]:
+    """The case with the biggest change first, of equals the one that lost more; a case's changes stay together."""
+    biggest: dict[str, float] = {}
+    gained: dict[str, float] = {}
+    for one in changes:
+        biggest[one.case_id] = max(biggest.get(one.case_id, 0.0), abs(one.gain))
+        gained[one.case_id] = gained.get(one.case_id, 0.0) + one.gain
+    return tuple(sorted(changes, key=lambda one: (-biggest[one.case_id], gained[one.case_id], one.case_id, -abs(one.gain))))
 
 
 def _verdict(one: MetricDifference, p: float | None) -> Verdict:

@@ -1,10 +1,357 @@
-"""A report as one page of HTML that needs nothing else."""
+"""A report as one page of HTML that needs nothing else: no script, no font, no picture, no network.
+
+Every text is cleaned and escaped, and a content security policy forbids all but the page's own style, by its hash: were a text
+to slip through as markup, it could still do nothing.
+"""
 
 from __future__ import annotations
 
-from evals.report.model import Report
+import base64
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+
+from agentops.records import Score
+from evals.report.build import opened
+from evals.report.model import Arm, Case, Comparison, MetricDifference, MetricResult, PersonScore, Report
+from evals.report.plots import calibrated, change, distribution, forest
+from evals.report.style import STYLE
+from evals.report.words import (
+    UNKNOWN,
+    bounds,
+    changes_by_case,
+    counts,
+    cut,
+    direction,
+    named,
+    number,
+    percent,
+    probability,
+)
+from evals.statistics import Interval
+
+SHORT, LONG = 200, 8_000
+"""Characters of a text in a table, and where a case is opened."""
+
+TRACE_LINES, TRACE_WIDTH = 400, 500
+LISTED = 2_000
+"""Cases in the list of all."""
 
 
 def to_html(report: Report, *, worst: int = 5) -> str:
-    """A whole document: no scripts, nothing fetched, every text escaped."""
-    return report.title
+    """A whole document. The `worst` cases of each metric, or twice as many that changed most, can be opened."""
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    head = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">',
+        f"<title>{_text(report.title, SHORT)}</title><style>{STYLE}</style></head><body>",
+    ]
+    return "".join([*head, *_body(report, worst), "</body></html>\n"])
+
+
+def _body(report: Report, worst: int) -> Iterator[str]:
+    yield f"<header><h1><bdi>{_text(report.title, SHORT)}</bdi></h1>"
+    yield '<div class="arms">'
+    for arm in report.arms:
+        yield "<div>"
+        if len(report.arms) > 1:
+            yield f"<h3><bdi>{_text(arm.name, SHORT)}</bdi></h3>"
+        yield '<dl class="about">'
+        yield from (f"<dt>{_text(name)}</dt><dd><bdi>{_text(value)}</bdi></dd>" for name, value in arm.about)
+        yield "</dl></div>"
+    yield "</div>"
+    yield from (f'<p class="note">{_text(note, LONG)}</p>' for note in report.notes)
+    yield "</header><main>"
+    if report.comparison is not None:
+        yield from _comparison(report, report.comparison)
+    for arm in report.arms:
+        yield from _arm(arm, report)
+    yield from _distributions(report)
+    yield from _opened(report, worst)
+    yield from _all(report)
+    yield "</main>"
+    yield from _reading(report)
+
+
+def _arm(arm: Arm, report: Report) -> Iterator[str]:
+    several = f" of <bdi>{_text(arm.name, SHORT)}</bdi>" if len(report.arms) > 1 else ""
+    yield f"<section><h2>Metrics{several}</h2>"
+    if not arm.metrics:
+        yield '<p class="note">Nothing has been scored yet.</p></section>'
+        return
+    head = ("metric", "#mean", f"{percent(report.level)} interval", "#scored", "unscored", "judged", "interval by")
+    yield from _table(head, (_row(one) for one in arm.metrics))
+    for (low, high), rows in _by_scale(arm.metrics).items():
+        yield f"<figure>{forest(rows, low, high, name='metrics with their intervals')}</figure>"
+    yield "</section>"
+    if arm.agreements:
+        yield f"<section><h2>People and the judge{several}</h2>"
+        rated = (
+            [
+                f"<bdi>{_text(one.name, SHORT)}</bdi>",
+                number(one.alpha.value),
+                _text(bounds(one.alpha)),
+                str(one.cases),
+                f"<bdi>{_text(', '.join(one.raters[1:]), SHORT)}</bdi>",
+                f"{number(one.people.value)} ({_text(bounds(one.people))})" if one.people else UNKNOWN,
+            ]
+            for one in arm.agreements
+        )
+        yield from _table(("metric", "#Krippendorff's alpha", "interval", "#cases", "people", "among people"), rated)
+        yield "</section>"
+    if arm.calibrations:
+        yield f'<section><h2>Calibration{several}</h2><div class="figures">'
+        for one in arm.calibrations:
+            found = one.calibration
+            yield f"<figure><h3><bdi>{_text(one.name, SHORT)}</bdi></h3>{calibrated(found, name=f'calibration of {one.name}')}"
+            yield f"<figcaption>against people's <bdi>{_text(one.against, SHORT)}</bdi>, {found.n} cases: expected calibration "
+            yield f"error {number(found.error)}, Brier score {number(found.brier)}</figcaption></figure>"
+        yield "</div></section>"
+
+
+def _row(one: MetricResult) -> list[str]:
+    versions = f' <span class="soft">{_text(", ".join(one.versions), 80)}</span>' if one.versions else ""
+    clustered = f" ({one.interval.clusters} threads)" if one.interval.clusters < one.interval.n else ""
+    return [
+        f'<bdi>{_text(one.name, SHORT)}</bdi>{versions}<br><span class="soft">{direction(one.scale.better)}</span>',
+        number(one.interval.value),
+        _text(bounds(one.interval)),
+        f"{one.scored}/{one.asked}",
+        _text(counts(one.unscored), LONG),
+        _text(counts(one.judged), SHORT),
+        _text(one.interval.method if one.interval.low is not None else UNKNOWN) + clustered,
+    ]
+
+
+def _by_scale(metrics: Iterable[MetricResult]) -> dict[tuple[float, float], list[tuple[str, Interval]]]:
+    groups: dict[tuple[float, float], list[tuple[str, Interval]]] = {}
+    for one in metrics:
+        if one.scale.low is not None and one.scale.high is not None:
+            groups.setdefault((one.scale.low, one.scale.high), []).append((one.name, one.interval))
+    return groups
+
+
+def _comparison(report: Report, comparison: Comparison) -> Iterator[str]:
+    first, second = report.arms
+    yield "<section><h2>Differences</h2>"
+    yield f"<p>Second minus first, over the {comparison.common} cases that both have. A difference is shown where p after Holm's "
+    yield "correction over all metrics is at most .05.</p>"
+    alone = [(arm.name, len(ids)) for arm, ids in zip(report.arms, comparison.alone, strict=True) if ids]
+    yield from (f'<p class="note">{many} cases are in <bdi>{_text(name, SHORT)}</bdi> alone.</p>' for name, many in alone)
+    head = (
+        "metric",
+        "#" + cut(first.name, 40),
+        "#" + cut(second.name, 40),
+        "#difference",
+        f"{percent(report.level)} interval",
+        "#p",
+        "#p (Holm)",
+        "cases",
+        "test",
+        "shown",
+    )
+    yield from _table(head, map(_difference, comparison.metrics))
+    for rows in _by_width(comparison.metrics):
+        edge = max((abs(bound) for _, one in rows for bound in (one.low, one.high, one.value) if bound is not None), default=0)
+        edge = edge * 1.1 or 1.0
+        yield f"<figure>{forest(rows, -edge, edge, zero=True, name='differences with their intervals')}</figure>"
+    yield "</section>"
+
+
+def _difference(one: MetricDifference) -> list[str]:
+    kind = one.verdict if one.verdict != "not shown" else "soft"
+    lost = (
+        f"<br>{one.only_first} scored in the first alone, {one.only_second} in the second"
+        if one.only_first + one.only_second
+        else ""
+    )
+    return [
+        f'<bdi>{_text(one.name, SHORT)}</bdi><br><span class="soft">{direction(one.scale.better)}</span>',
+        number(one.first.value),
+        number(one.second.value),
+        number(one.difference.value, signed=True),
+        _text(bounds(one.difference, signed=True)),
+        escape(probability(one.p)),
+        escape(probability(one.p_holm)),
+        f'{one.difference.n}<br><span class="soft">{one.higher} higher, {one.same} same, {one.lower} lower{lost}</span>',
+        _text(one.test),
+        f'<span class="{kind}">{one.verdict}</span>',
+    ]
+
+
+def _by_width(metrics: Iterable[MetricDifference]) -> list[list[tuple[str, Interval]]]:
+    """Metrics of one range share a plot; those without bounds have one each."""
+    groups: dict[object, list[tuple[str, Interval]]] = {}
+    for one in metrics:
+        low, high = one.scale.low, one.scale.high
+        groups.setdefault(high - low if low is not None and high is not None else one.name, []).append((one.name, one.difference))
+    return list(groups.values())
+
+
+def _distributions(report: Report) -> Iterator[str]:
+    names = dict.fromkeys(one.name for arm in report.arms for one in arm.metrics if one.values)
+    if not names:
+        return
+    yield '<section><h2>Distributions</h2><p class="soft">Each dot is a case; where there are many, bars count them. Below them '
+    yield 'the mean with its interval.</p><div class="figures">'
+    for name in names:
+        found = [(arm, one) for arm in report.arms if (one := arm.metric(name)) and one.values]
+        values = [value for _, one in found for value in one.values.values()]
+        scale = found[0][1].scale
+        low = scale.low if scale.low is not None else min(0.0, *values)
+        high = scale.high if scale.high is not None else max(values)
+        yield f"<figure><h3><bdi>{_text(name, SHORT)}</bdi></h3>"
+        for arm, one in found:
+            if len(report.arms) > 1:
+                yield f"<figcaption><bdi>{_text(arm.name, SHORT)}</bdi></figcaption>"
+            yield distribution(list(one.values.values()), low, high, one.interval, name=f"distribution of {name}")
+        yield "</figure>"
+    yield "</div></section>"
+
+
+def _opened(report: Report, worst: int) -> Iterator[str]:
+    wanted = opened(report, worst)
+    if not wanted:
+        return
+    anchors = {key: f"case-{place}" for place, key in enumerate(wanted, 1)}
+    if report.comparison is None:
+        yield "<section><h2>Worst cases</h2>"
+        for arm in report.arms:
+            found = ((metric, arm.worst(metric.name, worst)) for metric in arm.metrics)
+            yield from _table(("metric", "worst first"), (_links(metric, cases, anchors) for metric, cases in found if cases))
+    else:
+        yield "<section><h2>Cases that changed most</h2>"
+        yield from _table(("case", "question", "metric", "change", "#first", "#second"), _changes(report, anchors))
+    for key in wanted:
+        yield from _case(report, key, anchors[key])
+    yield "</section>"
+
+
+def _links(metric: MetricResult, cases: Sequence[Case], anchors: dict[str, str]) -> list[str]:
+    links = (
+        f'<a href="#{anchors[case.id]}"><bdi>{_text(case.id, 60)}</bdi></a>&nbsp;{number(metric.values[case.id])}'
+        for case in cases
+    )
+    return [f"<bdi>{_text(metric.name, SHORT)}</bdi>", ", ".join(links)]
+
+
+def _changes(report: Report, anchors: dict[str, str]) -> Iterator[list[str]]:
+    first = named(report.arms[0])
+    by_name = {one.name: one for one in report.comparison.metrics} if report.comparison else {}
+    ranges: dict[str, tuple[float, float]] = {}
+    for name, metric in by_name.items():
+        results = [found for arm in report.arms if (found := arm.metric(name))]
+        values = [value for result in results for value in result.values.values()]
+        low, high = metric.scale.low, metric.scale.high
+        ranges[name] = (low if low is not None else min(values), high if high is not None else max(values))
+    for key, changes in changes_by_case(report):
+        if key not in anchors:
+            continue
+        for place, one in enumerate(changes):
+            link = f'<a href="#{anchors[key]}"><bdi>{_text(key, 60)}</bdi></a>' if not place else ""
+            question = f"<bdi>{_text(first[key].question, SHORT)}</bdi>" if not place else ""
+            drawn = change(one.first, one.second, *ranges[one.metric], one.gain)
+            yield [link, question, f"<bdi>{_text(one.metric, SHORT)}</bdi>", drawn, number(one.first), number(one.second)]
+
+
+def _case(report: Report, key: str, anchor: str) -> Iterator[str]:
+    found = [(arm, cases[key]) for arm in report.arms if key in (cases := named(arm))]
+    question = found[0][1].question
+    yield f'<details id="{anchor}"><summary><b><bdi>{_text(key, 100)}</bdi></b>'
+    yield f'<span class="soft"><bdi>{_text(question, SHORT)}</bdi></span></summary><div class="inside">'
+    if question:
+        yield f'<h4>Question</h4><p class="said" dir="auto">{_text(question, LONG)}</p>'
+    if reference := found[0][1].reference:
+        yield f'<h4>Expected</h4><p class="said" dir="auto">{_text(reference, LONG)}</p>'
+    yield '<div class="arms">'
+    for arm, case in found:
+        yield "<div>"
+        if len(report.arms) > 1:
+            yield f"<h4><bdi>{_text(arm.name, SHORT)}</bdi></h4>"
+        yield from _said(case)
+        yield "</div>"
+    yield "</div></div></details>"
+
+
+def _said(case: Case) -> Iterator[str]:
+    if case.answer:
+        yield f'<h4>Answer</h4><p class="said" dir="auto">{_text(case.answer, LONG)}</p>'
+    if case.error:
+        yield f'<h4>Error</h4><p class="said worse" dir="auto">{_text(case.error, LONG)}</p>'
+    rows = [_score(score) for score in case.scores.values()] + [_person(one) for one in case.people]
+    if rows:
+        yield "<h4>Scores</h4>"
+        yield from _table(("metric", "#score", "by", "comment"), rows)
+    yield f'<p class="soft">{_text(case.status)} <code>{_text(case.run_id, 60)}</code></p>'
+    if case.trace:
+        more = len(case.trace) - TRACE_LINES
+        lines = [_text(line, TRACE_WIDTH) for line in case.trace[:TRACE_LINES]]
+        lines += [f"… ({more:,} more lines)"] if more > 0 else []
+        text = "\n".join(lines)
+        yield f'<details><summary>Trace</summary><div class="inside"><pre class="trace">{text}</pre></div></details>'
+
+
+def _score(score: Score) -> list[str]:
+    value = (
+        number(score.value) if score.value is not None else f'<span class="soft">unscored: {_text(score.reason, SHORT)}</span>'
+    )
+    by = f"{score.source}, {score.judged}" if score.judged else score.source
+    return [f"<bdi>{_text(score.name, SHORT)}</bdi>", value, _text(by, SHORT), f"<bdi>{_text(score.comment, LONG)}</bdi>"]
+
+
+def _person(one: PersonScore) -> list[str]:
+    name, value, _, comment = _score(one.score)
+    where = " on a step" if one.span_id else ""
+    return [name, value, f"<bdi>{_text(one.author, 80) or 'a person'}</bdi>{where}", comment]
+
+
+def _all(report: Report) -> Iterator[str]:
+    for arm in report.arms:
+        if not arm.cases:
+            continue
+        several = f" of <bdi>{_text(arm.name, SHORT)}</bdi>" if len(report.arms) > 1 else ""
+        yield f'<details><summary>All {len(arm.cases):,} cases{several}</summary><div class="inside">'
+        if len(arm.cases) > LISTED:
+            yield f"<p>The first {LISTED:,} are listed.</p>"
+        head = ("case", "status", *("#" + cut(one.name, 40) for one in arm.metrics), "question")
+        yield from _table(head, (_listed(case, arm.metrics) for case in arm.cases[:LISTED]))
+        yield "</div></details>"
+
+
+def _listed(case: Case, metrics: Sequence[MetricResult]) -> list[str]:
+    values = (number(metric.values.get(case.id)) for metric in metrics)
+    return [f"<bdi>{_text(case.id, 60)}</bdi>", _text(case.status), *values, f"<bdi>{_text(case.question, 120)}</bdi>"]
+
+
+def _reading(report: Report) -> Iterator[str]:
+    level = percent(report.level)
+    yield '<footer class="soft"><h2>How the numbers are made</h2>'
+    yield "<p>A case without a score is unscored with a reason, and is in no mean. A rate (all values 0 or 1) has Wilson's "
+    yield "interval, another mean the bootstrap's (BCa). Where cases share a thread, threads are counted and not cases. Below two values there "
+    yield f"is no interval. An interval of {level} is one that holds the true value in {level} of such evaluations.</p>"
+    yield "<p>Two experiments are compared case by case: rates by McNemar's exact test, means by a permutation test; with "
+    yield f"several metrics p is corrected after Holm. What is drawn at random is drawn with seed {report.seed}.</p></footer>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """`rows` are markup, `head` is text; a column whose head begins with # is one of numbers."""
+    numeric = [name.startswith("#") for name in head]
+    yield '<div class="wide"><table><thead><tr>'
+    yield from (
+        f"<th{' class=n' if is_n else ''}>{_text(name.removeprefix('#'))}</th>" for name, is_n in zip(head, numeric, strict=True)
+    )
+    yield "</tr></thead><tbody>"
+    for row in rows:
+        first, *others = row
+        cells = "".join(
+            f'<td class="{"n" if is_n else "text" if len(cell) > 120 else ""}">{cell}</td>'
+            for cell, is_n in zip(others, numeric[1:], strict=True)
+        )
+        yield f"<tr><th>{first}</th>{cells}</tr>"
+    yield "</tbody></table></div>"
+
+
+def _text(text: str, limit: int = LONG) -> str:
+    return escape(cut(text, limit))

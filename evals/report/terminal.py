@@ -1,15 +1,177 @@
-"""A report for a terminal, drawn by rich."""
+"""A report for a terminal, drawn by rich: tables, and bars of characters. Every text is cleaned before it is shown."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from evals.report.model import Report
+from agentops.cli.render import one_line
+from evals.report.model import Arm, Comparison, MetricResult, Report
+from evals.report.words import UNKNOWN, bounds, changes_by_case, counts, direction, named, number, percent, probability
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
+
+_CELLS = 24
+_COLOURS = {"better": "green", "worse": "red", "not shown": "dim"}
 
 
 def to_terminal(report: Report, *, worst: int = 5) -> RenderableType:
-    """For `rich.console.Console.print`."""
-    return report.title
+    """For `rich.console.Console.print`. At most `worst` cases are listed for each metric, or as having changed."""
+    from rich.console import Group
+
+    return Group(*_parts(report, worst))
+
+
+def _parts(report: Report, worst: int) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    yield Text(one_line(report.title, 200), style="bold")
+    for arm in report.arms:
+        head = f"{one_line(arm.name, 60)}  " if len(report.arms) > 1 else ""
+        about = ", ".join(f"{name} {one_line(value, 100)}" for name, value in arm.about)
+        yield Text.assemble((head, "bold"), (about, "dim"))
+    for note in report.notes:
+        yield Text(f"! {one_line(note, 300)}", style="yellow")
+    yield Text()
+    if report.comparison is not None:
+        yield _compared(report, report.comparison)
+        yield from _changed(report, worst)
+        return
+    for arm in report.arms:
+        if not arm.metrics:
+            yield Text("nothing has been scored yet", style="yellow")
+            continue
+        yield _metrics(arm, report.level)
+        if arm.agreements:
+            yield _people(arm)
+        yield from _worst(arm, worst)
+
+
+def _table(*columns: str, right: Sequence[int] = ()) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place in right else "left", overflow="fold")
+    return table
+
+
+def _metrics(arm: Arm, level: float) -> Table:
+    from rich.text import Text
+
+    table = _table("metric", "mean", f"{percent(level)} interval", "", "scored", "unscored", "judged", right=(1, 4))
+    for one in arm.metrics:
+        table.add_row(
+            Text(one_line(one.name, 40), style="bold"),
+            number(one.interval.value),
+            bounds(one.interval),
+            Text(_bar(one), style="cyan"),
+            f"{one.scored}/{one.asked}",
+            Text(one_line(counts(one.unscored), 80), style="yellow"),
+            Text(one_line(", ".join(one.judged), 40), style="dim"),
+        )
+    return table
+
+
+def _bar(one: MetricResult) -> str:
+    """`────────├──●─┤──`, for a metric with bounds."""
+    low, high, interval = one.scale.low, one.scale.high, one.interval
+    if low is None or high is None or interval.value is None or high <= low:
+        return ""
+    width = high - low
+
+    def cell(value: float) -> int:
+        return max(0, min(_CELLS - 1, round((value - low) / width * (_CELLS - 1))))
+
+    cells = ["·"] * _CELLS
+    if interval.low is not None and interval.high is not None:
+        for place in range(cell(interval.low), cell(interval.high) + 1):
+            cells[place] = "━"
+    cells[cell(interval.value)] = "●"
+    return "".join(cells)
+
+
+def _people(arm: Arm) -> Table:
+    from rich.text import Text
+
+    table = _table("agreement with people", "alpha", "interval", "cases", "people", "among people", right=(1, 3))
+    for one in arm.agreements:
+        among = number(one.people.value) if one.people else UNKNOWN
+        table.add_row(
+            Text(one_line(one.name, 40), style="bold"),
+            number(one.alpha.value),
+            bounds(one.alpha),
+            str(one.cases),
+            Text(one_line(", ".join(one.raters[1:]), 60)),
+            among,
+        )
+    return table
+
+
+def _worst(arm: Arm, limit: int) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    if not limit or len(arm.cases) < 2:
+        return
+    table = _table("worst of", "", "case", "question", "run", right=(1,))
+    for metric in arm.metrics:
+        for place, case in enumerate(arm.worst(metric.name, limit)):
+            table.add_row(
+                Text(one_line(metric.name, 40) if not place else "", style="bold"),
+                number(metric.values[case.id]),
+                Text(one_line(case.id, 32)),
+                Text(one_line(case.question, 60)),
+                Text(one_line(case.run_id, 40), style="dim"),
+            )
+    if table.row_count:
+        yield table
+
+
+def _compared(report: Report, comparison: Comparison) -> Table:
+    from rich.text import Text
+
+    first, second = (one_line(arm.name, 24) for arm in report.arms)
+    interval = f"{percent(report.level)} interval"
+    table = _table("metric", first, second, "difference", interval, "p", "p (Holm)", "cases", "", right=(1, 2, 3, 5, 6, 7))
+    for one in comparison.metrics:
+        name = Text(one_line(one.name, 40), style="bold")
+        if one.scale.better == "low":
+            name.append(f" ({direction('low')})", style="dim")
+        table.add_row(
+            name,
+            number(one.first.value),
+            number(one.second.value),
+            number(one.difference.value, signed=True),
+            bounds(one.difference, signed=True),
+            probability(one.p),
+            probability(one.p_holm),
+            str(one.difference.n),
+            Text(one.verdict, style=_COLOURS[one.verdict]),
+        )
+    return table
+
+
+def _changed(report: Report, limit: int) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    changed = changes_by_case(report)
+    common = report.comparison.common if report.comparison else 0
+    yield Text(f"{len(changed)} of {common} cases changed" + (", those that changed most:" if len(changed) > limit else ""))
+    if not changed or not limit:
+        return
+    first, second = (named(arm) for arm in report.arms)
+    table = _table("case", "question", "metric", "scores", "runs")
+    for key, changes in changed[:limit]:
+        for place, one in enumerate(changes):
+            runs = f"{first[key].run_id} → {second[key].run_id}" if not place else ""
+            table.add_row(
+                Text(one_line(key, 32) if not place else "", style="bold"),
+                Text(one_line(first[key].question, 50) if not place else ""),
+                Text(one_line(one.metric, 40)),
+                Text(f"{number(one.first)} → {number(one.second)}", style="green" if one.gain > 0 else "red"),
+                Text(one_line(runs, 80), style="dim"),
+            )
+    yield table
