@@ -97,7 +97,7 @@ def citations_resolve(sample: Sample) -> Measured:
     cited = [number for _, numbers in _citing(sample) for number in numbers]
     dangling = [number for number in cited if _document(sample, number) is None]
     return Measured(
-        1 - len(dangling) / len(cited),
+        (len(cited) - len(dangling)) / len(cited),
         ", ".join(f"[{number}]" for number in dict.fromkeys(dangling)) + " leads nowhere" if dangling else "",
         {"citations": len(cited), "dangling": dangling[:_SHOWN]},
     )
@@ -116,7 +116,7 @@ def citations_support(sample: Sample) -> Measured:
                 {"sentence": sentence[:500], "cites": numbers, "coverage": round(share, 3), "numbers_missing": missing}
             )
     return Measured(
-        1 - len(wanting) / len(citing),
+        (len(citing) - len(wanting)) / len(citing),
         "; ".join(str(one["sentence"]) for one in wanting),
         {"sentences": len(citing), "unsupported": wanting[:_SHOWN]},
     )
@@ -148,7 +148,7 @@ def recall(sample: Sample, k: int) -> Measured:
     """Share of the documents that belong to the question among the first `k`."""
     ranks, wanted = _ranks(sample)
     missing = [one for one in wanted if ranks.get(one, k) >= k]
-    return Measured(1 - len(missing) / len(wanted), "", {"missing": missing[:_SHOWN], "retrieved": len(ranks)})
+    return Measured((len(wanted) - len(missing)) / len(wanted), "", {"missing": missing[:_SHOWN], "retrieved": len(ranks)})
 
 
 def ndcg(sample: Sample, k: int) -> Measured:
