@@ -166,8 +166,8 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two experiments on the same cases. `changes` are those of metrics with bounds, by case, the biggest first; `alone` are ids of cases that only the first,
-    and only the second, has."""
+    """Two experiments on the same cases. `changes` are those of metrics with bounds, by case, the biggest first; `alone` are
+    ids of cases that only the first, and only the second, has."""
 
     metrics: tuple[MetricDifference, ...]
     changes: tuple[Change, ...]

@@ -162,11 +162,8 @@ def _comparison(report: Report, comparison: Comparison) -> Iterator[str]:
 
 def _difference(one: MetricDifference) -> list[str]:
     kind = one.verdict if one.verdict != "not shown" else "soft"
-    lost = (
-        f"<br>{one.only_first} scored in the first alone, {one.only_second} in the second"
-        if one.only_first + one.only_second
-        else ""
-    )
+    lost = ((one.only_first, "first"), (one.only_second, "second"))
+    alone = "".join(f"<br>{many} scored in the {which} alone" for many, which in lost if many)
     return [
         f'<bdi>{_text(one.name, SHORT)}</bdi><br><span class="soft">{direction(one.scale.better)}</span>',
         number(one.first.value),
@@ -175,7 +172,7 @@ def _difference(one: MetricDifference) -> list[str]:
         _text(bounds(one.difference, signed=True)),
         escape(probability(one.p)),
         escape(probability(one.p_holm)),
-        f'{one.difference.n}<br><span class="soft">{one.higher} higher, {one.same} same, {one.lower} lower{lost}</span>',
+        f'{one.difference.n}<br><span class="soft">{one.higher} ↑ {one.same} = {one.lower} ↓{alone}</span>',
         _text(one.test),
         f'<span class="{kind}">{one.verdict}</span>',
     ]
@@ -329,8 +326,9 @@ def _reading(report: Report) -> Iterator[str]:
     level = percent(report.level)
     yield '<footer class="soft"><h2>How the numbers are made</h2>'
     yield "<p>A case without a score is unscored with a reason, and is in no mean. A rate (all values 0 or 1) has Wilson's "
-    yield "interval, another mean the bootstrap's (BCa). Where cases share a thread, threads are counted and not cases. Below two values there "
-    yield f"is no interval. An interval of {level} is one that holds the true value in {level} of such evaluations.</p>"
+    yield "interval, another mean the bootstrap's (BCa). Where cases share a thread, threads are counted and not cases. "
+    yield f"Below two values there is no interval. An interval of {level} is made so that it holds the true value in {level} "
+    yield "of such evaluations.</p>"
     yield "<p>Two experiments are compared case by case: rates by McNemar's exact test, means by a permutation test; with "
     yield f"several metrics p is corrected after Holm. What is drawn at random is drawn with seed {report.seed}.</p></footer>"
 
@@ -346,7 +344,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     for row in rows:
         first, *others = row
         cells = "".join(
-            f'<td class="{"n" if is_n else "text" if len(cell) > 120 else ""}">{cell}</td>'
+            f'<td class="{"n" if is_n else "text" if len(cell) > 120 and "<svg" not in cell else ""}">{cell}</td>'
             for cell, is_n in zip(others, numeric[1:], strict=True)
         )
         yield f"<tr><th>{first}</th>{cells}</tr>"

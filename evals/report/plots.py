@@ -74,9 +74,8 @@ def distribution(values: Sequence[float], low: float, high: float, interval: Int
         title = f"{range_}: {len(spot)}"
         if len(values) <= DOTS:
             radius = min(4.5, cell / 2 - 0.5, 46 / tallest)
-            dots = "".join(
-                _circle(left + cell / 2, floor - radius - 1 - 2 * radius * up, radius, "dot") for up in range(len(spot))
-            )
+            x = place(math.fsum(spot) / len(spot))
+            dots = "".join(_circle(x, floor - radius - 1 - 2 * radius * up, radius, "dot") for up in range(len(spot)))
             parts.append(_group(dots, title))
         else:
             tall = max(1.0, 96 * len(spot) / tallest)

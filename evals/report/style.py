@@ -24,7 +24,7 @@ h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
 h3 { font-size: .95rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 p { margin: .25rem 0 .75rem; max-width: 52rem; }
 a { color: var(--mark); }
-.soft, .faint { color: var(--soft); }
+.soft, .faint { color: var(--soft); font-weight: 400; }
 .about { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0 0 1rem; }
 .about dt { color: var(--soft); }
 .about dd { margin: 0; overflow-wrap: anywhere; }
