@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from agentops.cli.render import one_line
 from agentops.errors import UsageError
+from agentops.text import one_line
 from evals.report.model import Report
 
 

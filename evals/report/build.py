@@ -44,6 +44,9 @@ THUMBS = "thumbs"
 own name is calibrated against these."""
 
 SIGNIFICANT = 0.05
+LEAST_CHANGE = 0.05
+"""A case whose score moved by less than this part of the metric's range is not listed as changed."""
+
 LEAST_CALIBRATED = 10
 """With fewer cases a calibration shows nothing."""
 
@@ -62,8 +65,8 @@ def report_of(
     """The report of an experiment, which is named as for `Store.experiment`. Every case counts for every metric: one that has not
     run, or has failed, is unscored with that as its reason.
 
-    `scales` says of metrics what their bounds are and which end is good; for those not in it more is better. The `worst` cases of
-    each metric get their trace.
+    `scales` says of metrics, by name, what their bounds are and which end is good; for those not in it more is better. The
+    `worst` cases of each metric get their trace.
 
     Raises:
         RecordError: there is no such experiment.
@@ -380,7 +383,7 @@ def _changes(name: str, scale: Scale, pairs: Mapping[str, tuple[float, float]]) 
     return [
         Change(key, name, before, after, sign * (after - before) / width)
         for key, (before, after) in pairs.items()
-        if before != after
+        if before != after and abs(after - before) >= LEAST_CHANGE * width
     ]
 
 

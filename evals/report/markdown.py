@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from agentops.cli.render import one_line
+from agentops.text import one_line
 from evals.report.model import Arm, Comparison, Report
 from evals.report.words import UNKNOWN, bounds, changes_by_case, counts, named, number, percent, probability
 

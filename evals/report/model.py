@@ -5,11 +5,13 @@ Nothing here reads the record or draws; texts are as they were recorded and are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from agentops.records import Score
+from evals.metrics import Metric
 from evals.statistics import Calibration, Interval
 
 Verdict = Literal["better", "worse", "not shown"]
@@ -18,12 +20,19 @@ Verdict = Literal["better", "worse", "not shown"]
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A metric's bounds, where it has them, and which end is good. `version` changes with what decides a score."""
+    """A metric's bounds, where it has them, and which end is good ("high" or "low")."""
 
     low: float | None = None
     high: float | None = None
     better: str = "high"
-    version: str = ""
+
+    @classmethod
+    def of(cls, metric: Metric) -> Scale:
+        return cls(
+            low=metric.low if math.isfinite(metric.low) else None,
+            high=metric.high if math.isfinite(metric.high) else None,
+            better=metric.better,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
@@ -344,11 +345,16 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     for row in rows:
         first, *others = row
         cells = "".join(
-            f'<td class="{"n" if is_n else "text" if len(cell) > 120 and "<svg" not in cell else ""}">{cell}</td>'
-            for cell, is_n in zip(others, numeric[1:], strict=True)
+            f'<td class="{"n" if is_n else _width(cell)}">{cell}</td>' for cell, is_n in zip(others, numeric[1:], strict=True)
         )
         yield f"<tr><th>{first}</th>{cells}</tr>"
     yield "</tbody></table></div>"
+
+
+def _width(cell: str) -> str:
+    """Whether a cell is kept in one line, wraps, or is broad before it wraps."""
+    longest = max(map(len, re.sub(r"<(?!br)[^>]*>", "", cell).split("<br>")))
+    return "one" if longest <= 34 else "text" if longest > 80 else ""
 
 
 def _text(text: str, limit: int = LONG) -> str:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
-from agentops.cli.render import one_line
+from agentops.text import one_line
 from evals.report.words import bounds, number
 from evals.statistics import Calibration, Interval
 

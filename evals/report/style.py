@@ -43,7 +43,8 @@ th, td { text-align: left; vertical-align: top; padding: .4rem .75rem; border-bo
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--soft); font-weight: 600; font-size: .85rem; white-space: nowrap; }
 tbody th { font-weight: 600; }
-td.n, th.n { text-align: right; white-space: nowrap; }
+td.n, th.n { text-align: right; }
+td.n, th.n, td.one { white-space: nowrap; }
 td.text { min-width: 12rem; overflow-wrap: anywhere; }
 .better { color: var(--good); font-weight: 600; }
 .worse { color: var(--bad); font-weight: 600; }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from agentops.cli.render import one_line
+from agentops.text import one_line
 from evals.report.model import Arm, Comparison, MetricResult, Report
 from evals.report.words import UNKNOWN, bounds, changes_by_case, counts, direction, named, number, percent, probability
 

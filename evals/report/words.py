@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from agentops.cli.render import clean
+from agentops.text import clean
 from evals.report.model import Arm, Case, Change, Report
 from evals.statistics import Interval
 
