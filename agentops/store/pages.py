@@ -222,6 +222,15 @@ class Pages(Store):
         )
         return [CallLine._make(row) for row in self._plain(query)]
 
+    def threads(self, run_ids: Iterable[str]) -> dict[str, str]:
+        """The thread of each of these runs."""
+        runs = table("run")
+        wanted, found = list(run_ids), {}
+        for at in range(0, len(wanted), _CHUNK):
+            query = select(runs.c.id, runs.c.thread_id).where(runs.c.id.in_(wanted[at : at + _CHUNK]))
+            found.update({row[0]: row[1] for row in self._plain(query)})
+        return found
+
     def case_counts(self) -> dict[str, dict[str, int]]:
         """How many cases of each experiment are in which status."""
         cases = table("experiment_case")

@@ -339,8 +339,9 @@ def experiment(seeds: Seeds) -> None:
 def hostile(settings: Settings) -> None:
     """One run, waiting, in which every text is hostile."""
     seeds = Seeds()
-    bad = HOSTILE_TEXT
-    asked = {"id": "int_cccc", "kind": "approval", "question": bad, "node": bad, "content": {"body": bad}, "schema": None}
+    deep = HOSTILE_TEXT
+    bad = deep.encode("utf-8", "replace").decode()  # columns take no lone surrogates; contents do
+    asked = {"id": "int_cccc", "kind": "approval", "question": bad, "node": bad, "content": {"body": deep}, "schema": None}
     seeds.run(
         "run_0BAD",
         thread_id=bad,
@@ -348,8 +349,8 @@ def hostile(settings: Settings) -> None:
         status="waiting",
         error=bad,
         ended_ns=NOW,
-        input={"question": bad},
-        output=bad,
+        input={"question": deep},
+        output=deep,
         pending=[asked],
     )
     seeds.span(
@@ -360,7 +361,7 @@ def hostile(settings: Settings) -> None:
         status="error",
         error=bad,
         attributes={bad: bad, "stack": bad},
-        input=bad,
+        input=deep,
     )
     inner: dict[str, Any] = {
         "parent_id": "sp_0BAD",
@@ -377,12 +378,12 @@ def hostile(settings: Settings) -> None:
         kind="generation",
         seq=2,
         node=bad,
-        input={"messages": [{"role": bad, "content": bad}], bad: bad},
-        output=bad,
+        input={"messages": [{"role": bad, "content": deep}], bad: bad},
+        output=deep,
         **inner,
     )
-    seeds.span("sp_0BAD2", "run_0BAD", kind="retrieval", seq=3, output=[{"source": bad, "text": bad, "score": 1.0}], **inner)
-    seeds.span("sp_0BAD3", "run_0BAD", kind="tool", seq=4, output={bad: [bad]}, **inner)
+    seeds.span("sp_0BAD2", "run_0BAD", kind="retrieval", seq=3, output=[{"source": bad, "text": deep, "score": 1.0}], **inner)
+    seeds.span("sp_0BAD3", "run_0BAD", kind="tool", seq=4, output={bad: [deep]}, **inner)
     seeds.events.append(
         {
             "t": "experiment",

@@ -1,0 +1,147 @@
+"""How the screens act: they start the verbs of the command line as processes, or interrupt the process of a run.
+
+A process that was started goes on when the screens are closed: it has a session of its own, and writes to a file that nobody
+has to read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agentops.errors import RecordError
+from agentops.settings import Settings
+from agentops.store.pages import RunLine
+
+_KEPT_BYTES = 1_000_000
+
+
+class Job:
+    """A verb at work. `text` is what it has said so far, foreign text; `code` its exit code once it has ended."""
+
+    def __init__(self, settings: Settings, words: Sequence[str], *, given: str = "") -> None:
+        """Starts `agentops WORDS` with `given` on its standard input.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        self.words = tuple(words)
+        self.code: int | None = None
+        self.text = ""
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the job
+        environment = os.environ | {
+            "AGENTOPS_PATHS_HOME": str(settings.paths.home),
+            "AGENTOPS_PATHS_CACHE": str(settings.paths.cache),
+            "NO_COLOR": "1",
+            "COLUMNS": "100",
+            "PYTHONUNBUFFERED": "1",
+        }
+        with tempfile.TemporaryFile() as source:
+            source.write(given.encode("utf-8", "replace"))
+            source.seek(0)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "agentops", *words],
+                stdin=source,
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def poll(self) -> bool:
+        """Reads what is new; whether there was anything new."""
+        if self.code is not None:
+            return False
+        code = self._process.poll()
+        raw = os.pread(self._output.fileno(), _KEPT_BYTES, 0)
+        text = raw.decode("utf-8", "replace")
+        new = text != self.text or code is not None
+        self.text, self.code = text, code
+        if code is not None:
+            self._output.close()
+        return new
+
+    def leave(self) -> None:
+        """Lets it go on alone."""
+        self._output.close()
+        # Whoever leaves does not wait for it; the interpreter need not warn of that.
+        if self.code is None:
+            self._process.returncode = 0
+
+    @property
+    def line(self) -> str:
+        return " ".join(("agentops", *self.words))
+
+
+def answer_words(run_id: str) -> list[str]:
+    """The verb that answers a waiting run, with the answers on standard input."""
+    return ["resume", run_id, "--answers", "-"]
+
+
+def answers(interrupt_id: str, kind: str, content: Any) -> str:
+    """What standard input is given: `content` is a decision as JSON knows it, or the answer to a question."""
+    return json.dumps({interrupt_id: True if kind == "pause" else content})
+
+
+def interrupt_process(settings: Settings, run: RunLine) -> None:
+    """Interrupts the process that works on a run, as Ctrl-C in its terminal would.
+
+    The process must be the one that the run was started in, and the user's own: it holds the journal file that the run names.
+
+    Raises:
+        RecordError: it is not, has ended, or this system cannot tell.
+    """
+    if run.status != "running":
+        raise RecordError(f"run {run.id} is {run.status}; there is nothing to stop")
+    if not run.pid or not run.segment or not hasattr(os, "pidfd_open"):
+        raise RecordError(f"the process of run {run.id} cannot be told for certain", hint="press Ctrl-C in its terminal")
+    segment = settings.paths.home / "journal" / Path(run.segment).name
+    try:
+        handle = os.pidfd_open(run.pid)
+    except OSError as error:
+        raise RecordError(f"process {run.pid} of run {run.id} has ended") from error
+    try:
+        # From here on the handle names this process, whatever becomes of its number.
+        if not _holds(run.pid, segment):
+            raise RecordError(
+                f"process {run.pid} is not the one of run {run.id}, or not yours", hint="see: agentops runs --status running"
+            )
+        signal.pidfd_send_signal(handle, signal.SIGINT)
+    except OSError as error:
+        raise RecordError(f"process {run.pid} cannot be interrupted: {error}") from error
+    finally:
+        os.close(handle)
+
+
+def _holds(pid: int, file: Path) -> bool:
+    folder = Path(f"/proc/{pid}/fd")
+    try:
+        if folder.stat().st_uid != os.getuid():
+            return False
+        wanted = file.stat()
+        for handle in folder.iterdir():
+            try:
+                found = handle.stat()
+            except OSError:
+                continue
+            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return True
+    except OSError:
+        return False
+    return False
+
+
+def memory_bytes(pid: int) -> int | None:
+    """What a process holds in memory, where this system tells."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")

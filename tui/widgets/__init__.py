@@ -1,0 +1,1 @@
+"""Widgets that draw lines themselves: what is not seen is neither made nor kept."""
