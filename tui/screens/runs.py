@@ -120,7 +120,7 @@ class RunsScreen(Base):
             else:
                 keys = pages.run_keys(wanted, sort, descending=descending, limit=None if full else _FIRST)
                 whole = full or len(keys) < _FIRST
-            rows = pages.run_lines(seen or keys[:100])
+            rows = pages.run_lines({*keys[:100], *seen})
             return _Seen(keys, rows, pages.statuses(), last, whole)
 
         def deliver(found: _Seen) -> None:

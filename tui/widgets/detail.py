@@ -15,7 +15,7 @@ from agentops.text import duration, moment
 from tui.text import PREVIEW_BYTES, as_text, cell, flatten, preview, wrapped
 from tui.widgets.lines import Lines, Piece
 
-_NAME_CELLS = 10
+_NAME_CELLS = 14
 
 
 @dataclass(frozen=True, slots=True)

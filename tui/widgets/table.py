@@ -95,7 +95,8 @@ class Table(Lines, Generic[R]):
             self.rows.update(rows)
         self._asked.clear()
         if not moved:
-            self.refresh()
+            if to_first:
+                self.move_to(0)
             return
         self.resized_lines()
         if to_first or held is None:
