@@ -19,13 +19,15 @@ import os
 import re
 import threading
 import typing
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import aiosqlite
 import ormsgpack
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import ChannelVersions, Checkpoint, CheckpointMetadata
 from langgraph.checkpoint.serde import jsonplus
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from pydantic import BaseModel
@@ -34,6 +36,11 @@ from agentops.errors import RecordError, StoreBroken, ThreadBusy, UsageError
 from agentops.settings import Settings
 
 _THREAD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_PRIVATE = ("__", "branch:")
+"""How channels begin that LangGraph has made for itself."""
+
+Told = Callable[[str, int, str, Any], None]
+"""Called with the names of the subgraphs around a graph, its step, where the state is from (input, loop, ...), and its values."""
 
 
 def checkpoint_folder(settings: Settings) -> Path:
@@ -81,10 +88,12 @@ def lease(settings: Settings, thread_id: str) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def open_checkpointer(settings: Settings, thread_id: str, types: frozenset[type]) -> AsyncIterator[AsyncSqliteSaver]:
+async def open_checkpointer(
+    settings: Settings, thread_id: str, types: frozenset[type], told: Told | None = None
+) -> AsyncIterator[AsyncSqliteSaver]:
     """The saver of one thread. Hold its `lease` around this.
 
-    `types` may be built while reading, beside LangGraph's list of safe ones.
+    `types` may be built while reading, beside LangGraph's list of safe ones. `told` is called with every state that is saved.
 
     Raises:
         StoreBroken: the file is not a database; while reading, what it holds was not written by this program.
@@ -94,7 +103,8 @@ async def open_checkpointer(settings: Settings, thread_id: str, types: frozenset
     file = checkpoint_folder(settings) / f"{check_thread_id(thread_id)}.db"
     _make_private(file)
     async with aiosqlite.connect(file) as connection:
-        saver = AsyncSqliteSaver(connection, serde=_Serializer(types))
+        saver = _Saver(connection, serde=_Serializer(types))
+        saver.told = told
         try:
             await saver.setup()
             await connection.execute("PRAGMA synchronous=FULL")
@@ -106,6 +116,23 @@ async def open_checkpointer(settings: Settings, thread_id: str, types: frozenset
                 hint=f"move {file} away; the thread then starts anew",
             ) from error
         yield saver
+
+
+class _Saver(AsyncSqliteSaver):
+    """Tells what it saves."""
+
+    told: Told | None = None
+
+    async def aput(
+        self, config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata, new_versions: ChannelVersions
+    ) -> RunnableConfig:
+        saved = await super().aput(config, checkpoint, metadata, new_versions)
+        if self.told is not None:
+            namespace = str(config.get("configurable", {}).get("checkpoint_ns", ""))
+            graph = "/".join(level.partition(":")[0] for level in namespace.split("|") if level)
+            values = {key: value for key, value in checkpoint["channel_values"].items() if not key.startswith(_PRIVATE)}
+            self.told(graph, metadata.get("step", 0), metadata.get("source", "loop"), values)
+        return saved
 
 
 def _make_private(file: Path) -> None:

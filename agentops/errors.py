@@ -30,6 +30,7 @@
     │   └── DocumentError             one document cannot be read
     ├── RecordError
     │   ├── RunNotFound
+    │   ├── ReplayDiverged            the graph does something else than is on record; carries where and what
     │   ├── StoreLocked
     │   ├── StoreTooNew
     │   ├── StoreBroken
@@ -200,6 +201,18 @@ class RecordError(AgentOpsError):
 
 class RunNotFound(RecordError):
     """No run of that id (or more than one starts with it)."""
+
+
+class ReplayDiverged(RecordError):
+    """A replayed graph does something else than is on record: `node` (the nodes around it, outermost first), `field`, and what
+    was `recorded` and is `new` there, as JSON values."""
+
+    def __init__(self, message: str, *, node: str, field: str, recorded: object, new: object, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.node = node
+        self.field = field
+        self.recorded = recorded
+        self.new = new
 
 
 class StoreLocked(RecordError):

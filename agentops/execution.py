@@ -20,7 +20,7 @@ from langgraph.errors import GraphRecursionError
 from langgraph.types import Command, StateSnapshot
 
 from agentops import people
-from agentops.checkpoint import open_checkpointer
+from agentops.checkpoint import Told, open_checkpointer
 from agentops.clock import Clock
 from agentops.errors import AgentOpsError, BudgetSpent, JournalFull, NodeFailed, RecordError
 from agentops.graph import Context, LoadedGraph
@@ -87,7 +87,9 @@ async def execute(
 
     reached = _Reached()
     try:
-        async with _equipped(context) as equipped:
+        async with _equipped(context, trace) as equipped:
+            model = {"engine": asdict(equipped.engine.info)} if equipped is not None else {}
+            trace.describe(budget=asdict(meter.budget), **model)
             await _invoke(graph, input, trace, settings, equipped, at, meter, reached)
     except asyncio.CancelledError as error:
         trace.end("cancelled", error=error)
@@ -100,12 +102,19 @@ async def execute(
 
 
 @asynccontextmanager
-async def _equipped(context: Context | None) -> AsyncIterator[Context | None]:
-    """The context with the tools of the servers that the settings name, which live as long as the block."""
-    if context is None or context.tool_settings.mcp is None:
+async def _equipped(context: Context | None, trace: RunTrace) -> AsyncIterator[Context | None]:
+    """The context with the tools of the servers that the settings name, which live as long as the block. What they offer is put
+    on record."""
+    if context is None:
+        yield None
+        return
+    if (tools := context.effects.server_tools()) is not None:
+        yield replace(context, tools=tuple(tools))
+        return
+    if context.tool_settings.mcp is None:
         yield context
         return
-    from agentops.tools import no_such_tool
+    from agentops.tools import no_such_tool, schema_of
     from agentops.tools.mcp import open_servers, server_names
 
     wanted, servers = context.tool_settings, server_names(context.tool_settings.mcp)
@@ -115,6 +124,7 @@ async def _equipped(context: Context | None) -> AsyncIterator[Context | None]:
                 theirs = [one for one in servers if name.startswith(f"{one}_")]
                 if theirs and name not in (offered := {one.name for one in tools}):
                     raise no_such_tool(f"tools.{word}", name, f"server '{theirs[0]}'", offered)
+        trace.annotate(server_tools=trace.keep([[one.name, one.description, schema_of(one)] for one in tools]))
         yield replace(context, tools=tools)
 
 
@@ -142,7 +152,7 @@ async def _invoke(
         "metadata": {"run_id": trace.run_id},
         "recursion_limit": meter.budget.steps,
     }
-    async with _checkpointed(graph, settings, trace.thread_id) as compiled:
+    async with _checkpointed(graph, settings, trace.thread_id, trace.state) as compiled:
         if at == "over":
             reached.values = (await compiled.aget_state(config)).values
             return
@@ -236,12 +246,12 @@ def _tasks(state: StateSnapshot) -> dict[str, set[str]]:
 
 
 @asynccontextmanager
-async def _checkpointed(graph: LoadedGraph, settings: Settings, thread_id: str) -> AsyncIterator[Any]:
-    """The compiled graph with a checkpointer: its own, or ours for the thread."""
+async def _checkpointed(graph: LoadedGraph, settings: Settings, thread_id: str, told: Told | None = None) -> AsyncIterator[Any]:
+    """The compiled graph with a checkpointer: its own, or ours for the thread, which tells what it saves."""
     if graph.compiled.checkpointer:
         yield graph.compiled
         return
-    async with open_checkpointer(settings, thread_id, graph.state_types) as saver:
+    async with open_checkpointer(settings, thread_id, graph.state_types, told) as saver:
         yield graph.compiled.copy({"checkpointer": saver})
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentops.checkpoint import schema_types
 from agentops.choice import Option, choose
-from agentops.clock import Clock, SystemClock
+from agentops.clock import Clock, SystemClock, UlidSource
 from agentops.engine import Engine, generate
 from agentops.errors import UsageError
 from agentops.grounding import Relevance, relevance
@@ -38,7 +38,7 @@ from agentops.records import (
 )
 from agentops.retrieval import Embedder, Retriever
 from agentops.settings import ToolSettings
-from agentops.tracer import tagged
+from agentops.tracer import Effects, tagged
 
 if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
@@ -52,7 +52,8 @@ class Context:
     """What a node gets as `runtime.context` in a graph built with `context_schema=Context`.
 
     `files` is the only folder to write in. `tools` are those of the MCP servers that the settings name, for a graph that
-    puts them beside its own: `toolbox.joined(context.tools)`.
+    puts them beside its own: `toolbox.joined(context.tools)`. A node that takes times from `clock`, random numbers from `random`
+    and ids from `new_id` is replayed exactly.
     """
 
     engine: Engine
@@ -67,6 +68,15 @@ class Context:
     tools: tuple[BaseTool, ...] = ()
     tool_settings: ToolSettings = field(default_factory=ToolSettings)
     clock: Clock = field(default_factory=SystemClock)
+    effects: Effects = field(default_factory=Effects)
+
+    def random(self) -> float:
+        """A random number from 0 up to 1, the same when the run is replayed."""
+        return self.effects.random()
+
+    def new_id(self, prefix: str) -> str:
+        """An id that no other call gives, the same when the run is replayed: `prefix_` and a ULID."""
+        return self.effects.value("id", lambda: UlidSource().new(prefix))
 
     async def ask(
         self,
@@ -160,12 +170,12 @@ class Context:
             return await self.ask(prompt, max_tokens=max_tokens, schema=form, **values)
 
         arguments = await toolbox.write(tool, ask, max_tokens=max_tokens)
-        return ToolCall(tool, arguments, _call_id(tool, arguments))
+        return ToolCall(tool, arguments, self.effects.value("id", lambda: _call_id(tool, arguments)))
 
     async def perform(self, toolbox: Toolbox, call: ToolCall) -> ToolResult:
         """Runs a call under the policy of the toolbox and the settings; never raises for what a tool does wrong. Where a
         person has to be asked the run waits here, and the node runs again from its beginning when there is an answer."""
-        return await toolbox.perform(call, self.tool_settings)
+        return await toolbox.perform(call, self.tool_settings, effects=self.effects)
 
 
 def _call_id(tool: str, arguments: Any) -> str:

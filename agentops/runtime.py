@@ -30,7 +30,16 @@ from agentops.settings import Settings, load_settings
 from agentops.store import RunRow, open_store
 from agentops.sync import iterate_sync, run_sync
 from agentops.tools import no_such_tool
-from agentops.tracer import Meter, TracedEngine, TracedRetriever, catch_up, open_tracer
+from agentops.tracer import (
+    Effects,
+    Meter,
+    NotedClock,
+    TracedEmbedder,
+    TracedEngine,
+    TracedRetriever,
+    catch_up,
+    open_tracer,
+)
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -48,7 +57,7 @@ class Runtime:
 
     Every verb has an asynchronous form (`arun`, `astream`, `aresume`) and a synchronous one (`run`, `stream`, `resume`).
     Parts given to the constructor (`engine`, `index`, `embedder`) are the caller's to close. `progress` is told how far the
-    preparing of a model is.
+    preparing of a model is. `effects` are what nodes get from outside otherwise: those that happen, where none are given.
     """
 
     def __init__(
@@ -61,11 +70,13 @@ class Runtime:
         clock: Clock | None = None,
         ids: Ids | None = None,
         progress: Progress | None = None,
+        effects: Effects | None = None,
     ) -> None:
         self.settings = settings or load_settings()
         self._clock = clock or SystemClock()
         self._ids = ids or UlidSource(self._clock)
         self._progress = progress
+        self._effects = effects or Effects()
         self._tracer = open_tracer(self.settings, clock=self._clock, ids=self._ids)
         self._lock = threading.RLock()
         self._own_engine: Engine | None = None
@@ -501,7 +512,7 @@ class Runtime:
         return Context(
             engine=self._open_engine(details["model.name"]),
             retriever=TracedRetriever(searched, self._tracer),
-            embedder=self.embedder,
+            embedder=TracedEmbedder(self.embedder, self._tracer),
             prompts=graph.prompts,
             collection=details["retrieval.collection"],
             k=details["retrieval.k"],
@@ -515,7 +526,8 @@ class Runtime:
                 deny=tuple(details["tools.deny"]),
                 mcp=Path(details["tools.mcp"]) if details["tools.mcp"] else None,
             ),
-            clock=self._clock,
+            clock=NotedClock(self._clock, self._effects),
+            effects=self._effects,
         )
 
 

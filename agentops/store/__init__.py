@@ -19,13 +19,14 @@ from agentops.errors import RecordError, RunNotFound
 from agentops.records import Interrupt, PromptVersion, RunStatus, Score, Timing, Usage
 from agentops.settings import Settings
 from agentops.store.opening import database_path, ensure, reading_engine, translated
-from agentops.store.rows import Balance, CaseRow, ExperimentRow, RunRow, ScoreRow, SpanRow, ThreadRow
+from agentops.store.rows import Balance, CaseRow, CheckpointRow, ExperimentRow, RunRow, ScoreRow, SpanRow, ThreadRow
 from agentops.store.tables import table
 from agentops.store.writing import StoreWriter, open_writer
 
 __all__ = [
     "Balance",
     "CaseRow",
+    "CheckpointRow",
     "ExperimentRow",
     "RunRow",
     "ScoreRow",
@@ -186,6 +187,28 @@ class Store:
             raise RecordError(f"no prompt has the version '{version}'")
         return PromptVersion(rows[0].name, rows[0].version, rows[0].template)
 
+    def checkpoints(self, run_id: str) -> list[CheckpointRow]:
+        """The states that a run went through, in order, of each workflow span in turn."""
+        rows, spans = table("checkpoint"), table("span")
+        query = (
+            select(rows)
+            .join(spans, spans.c.id == rows.c.root_id)
+            .where(rows.c.run_id == run_id)
+            .order_by(spans.c.start_ns, spans.c.id, rows.c.place)
+        )
+        return [CheckpointRow(**_picked(_CHECKPOINT, row)) for row in self._all(query)]
+
+    def whole(self, hash: str) -> Any:
+        """As `payload`, of what was kept whole.
+
+        Raises:
+            RecordError: it is not in the store, damaged, or was cut for its size.
+        """
+        payloads = table("payload")
+        if self._all(select(payloads.c.hash).where(payloads.c.hash == hash, payloads.c.truncated)):
+            raise RecordError(f"the content {hash} was cut for its size", hint="raise record.payload_bytes before it is recorded")
+        return self.payload(hash)
+
     def scores(
         self, *, run: str | None = None, thread: str | None = None, experiment: str | None = None, name: str | None = None
     ) -> list[ScoreRow]:
@@ -271,6 +294,7 @@ def _picked(names: Sequence[str], row: Row[Any]) -> dict[str, Any]:
 
 
 _RUN = [spec.name for spec in fields(RunRow) if spec.name not in ("usage", "tags")]
+_CHECKPOINT = [spec.name for spec in fields(CheckpointRow)]
 _SCORE = [spec.name for spec in fields(Score)]
 _SCORED = [spec.name for spec in fields(ScoreRow) if spec.name != "score"]
 _EXPERIMENT = [spec.name for spec in fields(ExperimentRow)]

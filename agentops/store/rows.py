@@ -76,6 +76,19 @@ class ThreadRow:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointRow:
+    """A state after a superstep; `hash` is that of its values as JSON. `source` is input, loop, update or fork."""
+
+    run_id: str
+    root_id: str
+    place: int
+    graph: str
+    step: int
+    source: str
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreRow:
     """A score and what it is about. `author` is the person's name, or the metric's version."""
 

@@ -113,6 +113,22 @@ class PromptVersion(SQLModel, table=True):
     first_seen_ns: int = _ns()
 
 
+class Checkpoint(SQLModel, table=True):
+    """What a graph's state was after a superstep, by the hash of its JSON. `place` counts from 1 under each workflow span;
+    `graph` names the subgraphs around it, outermost first, with slashes between."""
+
+    __table_args__ = (Index("ix_checkpoint_run", "run_id", "root_id", "place"),)
+
+    root_id: str = Field(primary_key=True)
+    place: int = Field(primary_key=True)
+    run_id: str
+    graph: str = ""
+    step: int
+    source: str
+    hash: str
+    ns: int = _ns()
+
+
 class Score(SQLModel, table=True):
     """A named value about a run, one of its spans, or a case; `value` is empty where there is a `reason` why it is not scored."""
 

@@ -29,7 +29,7 @@ USAGE = ("input_tokens", "output_tokens", "cached_tokens", "computed_tokens", "t
 _RUN_CHANGES = ("status", "ended_ns", "output_hash", "pending_hash", "error", "pid", "segment")
 
 _EXPERIMENT_CHANGES = ("status", "ended_ns", "error", "pid", "segment")
-_KINDS = ("payload", "prompt", "thread", "run", "span", "score", "experiment", "case")
+_KINDS = ("payload", "prompt", "thread", "run", "span", "checkpoint", "score", "experiment", "case")
 
 
 @contextmanager
@@ -70,6 +70,7 @@ class StoreWriter:
             spans = table("span")
             _upsert(connection, spans, rows["span"], tuple(column.name for column in spans.columns if not column.primary_key))
             _sum_usage(connection, sorted({row["run_id"] for row in rows["span"] if row["kind"] == "generation"}))
+            _upsert(connection, table("checkpoint"), rows["checkpoint"], ())
             _upsert(connection, table("score"), rows["score"], ())
             _upsert(connection, table("experiment"), rows["experiment"], _EXPERIMENT_CHANGES)
             _upsert(connection, table("experiment_case"), rows["case"], ("run_id", "status", "error"))
@@ -134,6 +135,9 @@ class StoreWriter:
             case "span":
                 row = _fit("span", event)
                 found["span"][row["id"]] = row
+            case "checkpoint":
+                row = _fit("checkpoint", event)
+                found["checkpoint"][row["root_id"], row["place"]] = row
             case "score":
                 row = _fit("score", event)
                 found["score"][row["id"]] = row

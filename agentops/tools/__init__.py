@@ -7,6 +7,6 @@ waits for a person, and whatever goes wrong comes back as text for the model. Wh
 from __future__ import annotations
 
 from agentops.tools.box import Toolbox, no_such_tool
-from agentops.tools.declare import effect_of, tool
+from agentops.tools.declare import effect_of, schema_of, tool, with_effect
 
-__all__ = ["Toolbox", "effect_of", "no_such_tool", "tool"]
+__all__ = ["Toolbox", "effect_of", "no_such_tool", "schema_of", "tool", "with_effect"]

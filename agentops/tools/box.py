@@ -6,6 +6,8 @@ Which tool to call is not decided here.
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -18,13 +20,13 @@ from pydantic import BaseModel, ValidationError
 
 from agentops import people
 from agentops.errors import BudgetSpent, JournalFull, ToolError
-from agentops.records import Effect, Policy, ToolCall, ToolResult, ToolStatus
+from agentops.records import Effect, Policy, ToolCall, ToolResult, ToolStatus, content_hash
 from agentops.schema import violation
 from agentops.settings import ToolSettings
 from agentops.tools import arguments
 from agentops.tools.declare import effect_of, refuse_unfillable, schema_of, tool
 from agentops.tools.running import run, said
-from agentops.tracer import span
+from agentops.tracer import Effects, span
 
 _BY_EFFECT: dict[Effect, Policy] = {"none": "allow", "read": "allow", "write": "ask"}
 
@@ -134,10 +136,13 @@ class Toolbox:
         words: tuple[Policy, ...] = ("deny", "ask", "allow")
         return next((word for word in words if name in getattr(settings, word)), own)
 
-    async def perform(self, call: ToolCall, settings: ToolSettings | None = None) -> ToolResult:
+    async def perform(
+        self, call: ToolCall, settings: ToolSettings | None = None, *, effects: Effects | None = None
+    ) -> ToolResult:
         """Runs a call under the policy and says what came of it; the record has one span of it. Call it from a node; where a
         person has to be asked, the run waits, and the node runs again from its beginning when there is an answer. Calls
-        that may have to wait are performed one after another, or answers would reach the wrong one."""
+        that may have to wait are performed one after another, or answers would reach the wrong one. `effects` may put what is
+        on record in place of the tool."""
         limits = settings or ToolSettings()
         if call.name not in self._tools:
             return _left(call, "failed", f"there is no tool '{call.name}'; {self._known()}")
@@ -157,28 +162,50 @@ class Toolbox:
                 call = replace(call, arguments=decision.content)
                 if wrong := self.misfit(call.name, call.arguments):
                     return _left(call, "failed", f"the arguments of {call.name}, as edited, are off: {wrong}", **about)
+        raised: list[Exception] = []
+
+        async def happen() -> ToolResult:
+            try:
+                return ToolResult(call, "ok", await run(one, call, limits))
+            except (GraphBubbleUp, JournalFull, BudgetSpent):
+                raise
+            except Exception as error:
+                raised.append(error)
+                why = str(error) if isinstance(error, ToolError) else said(error)
+                return ToolResult(call, "failed", f"{call.name} failed: {why}")
+
+        result: ToolResult | None = None
         try:
             with span("tool", call.name, call.arguments) as handle:
-                handle.set(call=call.id, **about)
-                try:
-                    text = await run(one, call, limits)
-                except GraphBubbleUp:
-                    raise
-                except Exception:
-                    handle.set(status="failed")
-                    raise
-                handle.set(status="ok")
-                handle.output = text
-        except (GraphBubbleUp, JournalFull, BudgetSpent):
+                handle.set(call=call.id, code=_code(one), **about)
+                result = await (effects or Effects()).tool(call, happen)
+                handle.set(status=result.status)
+                if result.status == "failed":
+                    handle.set(result=result.content)
+                    raise raised[0] if raised else ToolError(result.content)
+                handle.output = result.content
+        except JournalFull:
             raise
-        except ToolError as error:
-            return ToolResult(call, "failed", f"{call.name} failed: {error}")
-        except Exception as error:
-            return ToolResult(call, "failed", f"{call.name} failed: {said(error)}")
-        return ToolResult(call, "ok", text)
+        except Exception:
+            if result is None:
+                raise
+        assert result is not None
+        return result
 
     def _known(self) -> str:
         return f"there are: {', '.join(self._tools)}" if self._tools else "there are none"
+
+
+def _code(declared: BaseTool) -> str:
+    """The hash of a tool's schema and, where it can be read, its source: a replay says where another one stands in its place."""
+    function = getattr(declared, "func", None) or getattr(declared, "coroutine", None)
+    try:
+        source = inspect.getsource(inspect.unwrap(function)) if function else ""
+    except (OSError, TypeError):
+        source = ""
+    return content_hash(
+        json.dumps([declared.name, declared.description, schema_of(declared), source], sort_keys=True, default=repr)
+    )
 
 
 def no_such_tool(where: str, name: str, whose: str, known: Iterable[str]) -> ToolError:

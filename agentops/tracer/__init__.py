@@ -9,23 +9,32 @@ The tracer does not read the record: that is the store's part. Importing it does
 from __future__ import annotations
 
 from agentops.tracer.drain import catch_up
+from agentops.tracer.effects import Effects, NotedClock
 from agentops.tracer.meter import Meter
-from agentops.tracer.payload import to_plain
+from agentops.tracer.payload import state_hash, to_plain
 from agentops.tracer.recorder import Tracer, open_tracer
-from agentops.tracer.trace import Handle, RunTrace, Span, span, tagged
-from agentops.tracer.wrappers import TracedEngine, TracedRetriever
+from agentops.tracer.trace import Handle, RunTrace, Span, Way, locate, span, tagged, way
+from agentops.tracer.wrappers import TracedEmbedder, TracedEngine, TracedRetriever, asked
 
 __all__ = [
+    "Effects",
     "Handle",
     "Meter",
+    "NotedClock",
     "RunTrace",
     "Span",
+    "TracedEmbedder",
     "TracedEngine",
     "TracedRetriever",
     "Tracer",
+    "Way",
+    "asked",
     "catch_up",
+    "locate",
     "open_tracer",
     "span",
+    "state_hash",
     "tagged",
     "to_plain",
+    "way",
 ]

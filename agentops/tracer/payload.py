@@ -71,6 +71,11 @@ def to_plain(value: Any) -> Any:
     return _Plainer(sys.maxsize, cut=False).plain(value, 0)
 
 
+def state_hash(value: Any) -> str:
+    """The hash of a value's whole JSON, whatever its size, with the keys of mappings in order."""
+    return content_hash(json.dumps(to_plain(value), sort_keys=True, ensure_ascii=True))
+
+
 def _dump(value: Any) -> bytes:
     # A lone surrogate becomes `\udcXX`, which is JSON's own way to write it.
     return _ENCODER.encode(value).encode("utf-8", "backslashreplace")

@@ -108,6 +108,11 @@ class Taps(GraphCallbackHandler):
             self._promote(parent_run_id)
         namespace = str(data.get("langgraph_checkpoint_ns", ""))
         levels = namespace.split("|")
+        attributes: dict[str, Any] = {"triggers": [str(trigger) for trigger in data.get("langgraph_triggers", ())]}
+        way = data.get("langgraph_path", ())
+        if len(way) > 1 and way[0] == "__pregel_push":
+            # Which of the packets sent to the same node it is.
+            attributes["packet"] = "/".join(str(part) for part in way[1:] if not isinstance(part, bool))
         with self._lock:
             self._attempts[name, namespace] = attempt = self._attempts.get((name, namespace), 0) + 1
         opened = run.open(
@@ -116,7 +121,7 @@ class Taps(GraphCallbackHandler):
             parent=run.parent(parent_run_id),
             input=inputs,
             path=tuple(level.partition(":")[0] for level in levels[:-1]),
-            attributes={"triggers": [str(trigger) for trigger in data.get("langgraph_triggers", ())]},
+            attributes=attributes,
             node=str(data.get("langgraph_node", name)),
             step=int(data.get("langgraph_step", 0)),
             task=levels[-1].partition(":")[2] or None,

@@ -33,6 +33,7 @@ from agentops.records import (
 )
 from agentops.tracer.journal import Event
 from agentops.tracer.meter import Meter
+from agentops.tracer.payload import state_hash
 
 if TYPE_CHECKING:
     from agentops.tracer.recorder import Tracer
@@ -103,6 +104,21 @@ def tagged(**attributes: Any) -> Iterator[None]:
         _restore(_tags, token)
 
 
+Way = tuple[tuple[str, int, str, int], ...]
+"""Where something happens: node, superstep, number of the packet it was sent, and attempt, innermost node first."""
+
+
+def way(span_id: str | None, row: Callable[[str], Mapping[str, Any] | None]) -> Way:
+    """The nodes around a span, itself among them; `row` gives a span by its id."""
+    found: list[tuple[str, int, str, int]] = []
+    while span_id is not None and (at := row(span_id)) is not None:
+        if at["kind"] == "node":
+            packet = str((at.get("attributes") or {}).get("packet", ""))
+            found.append((str(at["node"]), int(at.get("step") or 0), packet, int(at.get("attempt") or 1)))
+        span_id = at.get("parent_id")
+    return tuple(found)
+
+
 @contextmanager
 def span(kind: SpanKind, name: str, input: Any = None) -> Iterator[Handle]:
     """A span around own code, the child of what is running now. Works around `await` too; outside a run it records nothing."""
@@ -168,6 +184,7 @@ class RunTrace:
         self._meter = meter
         self._emitted = 0
         self._faults = 0
+        self._states = 0
         self._full: JournalFull | None = None
         self._root: Span | None = None
 
@@ -252,6 +269,8 @@ class RunTrace:
             if span is self._root:
                 span.set(emitted=self._emitted, faults=self._faults)
                 span.row["output_hash"] = row.get("output_hash")
+                if "pending_hash" in row:
+                    span.set(pending=row["pending_hash"])
                 self._finish(span, _SPAN_STATUS.get(status, "ok"), error)
             else:
                 self._finish(span, "interrupted" if status == "waiting" else "cancelled", None)
@@ -310,10 +329,53 @@ class RunTrace:
         """An open span by its id."""
         return self._open.get(span_id)
 
+    def way(self, span_id: str) -> Way:
+        """The nodes around an open span, itself among them, innermost first."""
+        with self._lock:
+            return way(span_id, lambda key: held.row if (held := self._open.get(key)) else None)
+
     def annotate(self, **attributes: Any) -> None:
         """Attributes of the workflow span, written with its end."""
         if self._root is not None:
             self._root.set(**attributes)
+
+    def describe(self, **attributes: Any) -> None:
+        """Attributes of the workflow span, written now, for one that may have no end.
+
+        Raises:
+            JournalFull
+        """
+        self.annotate(**attributes)
+        if self._root is not None:
+            self._write([self._root.row])
+
+    def keep(self, value: Any) -> str:
+        """Puts a JSON value on record and returns its hash.
+
+        Raises:
+            JournalFull
+        """
+        events: list[Event] = []
+        key = self.tracer.payload(value, events)
+        self._write(events)
+        return key
+
+    def note(self, span_id: str, kind: str, value: Any) -> None:
+        """Adds something that came from outside (a time, a random number, an id) to what is noted of an open span."""
+        with self._lock:
+            if (noting := self._open.get(span_id)) is not None:
+                noting.row.setdefault("attributes", {}).setdefault("noted", {}).setdefault(kind, []).append(value)
+
+    def state(self, graph: str, step: int, source: str, values: Any) -> None:
+        """Writes what the state is after a superstep, by its hash. `graph` names the subgraphs around it, with slashes between.
+
+        Raises:
+            JournalFull
+        """
+        with self._lock:
+            self._states = place = self._states + 1
+        about = {"run_id": self.run_id, "root_id": self.root_id, "place": place, "graph": graph, "step": step, "source": source}
+        self._write([{"t": "checkpoint", **about, "hash": state_hash(values), "ns": self.tracer.clock.now_ns()}])
 
     def forget(self, langchain: UUID) -> None:
         self._langchain.pop(langchain, None)
@@ -450,6 +512,7 @@ class RunTrace:
         if error is not None:
             row["error"] = _message(error)
             if isinstance(error, BaseException):
+                closing.set(error_type=f"{type(error).__module__}.{type(error).__qualname__}")
                 closing.set(stack="".join(traceback.format_exception(error))[-_STACK_CHARACTERS:])
 
     def _conclude(self, closing: Span, output: Any) -> None:

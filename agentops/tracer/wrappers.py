@@ -1,4 +1,4 @@
-"""Wrappers that record what an engine and a retriever are asked and answer, wherever in a graph they are called.
+"""Wrappers that record what an engine, a retriever and an embedder are asked and answer, wherever in a graph they are called.
 
 They add nothing else: outside a run the call passes through, and an error of the wrapped object reaches the caller as it is.
 """
@@ -6,7 +6,8 @@ They add nothing else: outside a run the call passes through, and an error of th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import base64
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,11 @@ from agentops.records import Delta, Generation, ModelInfo, Query, Request, Retri
 from agentops.tracer.trace import RunTrace, Span, locate
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from agentops.engine import Engine
-    from agentops.retrieval import Retriever
+    from agentops.retrieval import Embedder, Retriever
     from agentops.tracer.recorder import Tracer
 
 
@@ -41,16 +45,17 @@ class TracedEngine:
             run, parent, _ = place
             run.admit()
             call = _open(run, parent, "generate", request, self._engine.info)
-            chunks = 0
+            chunks: list[str] = []
             try:
                 async for event in events:
                     if isinstance(event, Generation):
-                        _close_generation(run, call, event, chunks)
+                        _close_generation(run, call, event, len(chunks))
                     elif call.row["status"] == "open":
-                        chunks += 1
+                        chunks.append(event.text)
                         run.token(event.text, call)
                     yield event
             except BaseException as error:
+                call.set(partial=chunks)
                 run.close(call, error=error)
                 raise
             run.close(call, error="the engine ended its stream without an answer")
@@ -72,7 +77,7 @@ class TracedEngine:
             run.close(call, error=error)
             raise
         table = [{"text": choice.text, "mean": choice.mean, "total": choice.total} for choice in scores.choices]
-        call.set(device=scores.device)
+        _keep_result(run, call, scores)
         run.close(call, output=table, usage=scores.usage, timing=scores.timing, model=scores.model)
         return scores
 
@@ -80,21 +85,31 @@ class TracedEngine:
         await self._engine.close()
 
 
-def _open(run: RunTrace, parent: str, name: str, request: Request | ScoreRequest, info: ModelInfo) -> Span:
-    asked: dict[str, Any] = {"text": request.text} if request.text is not None else {"messages": list(request.messages)}
-    attributes: dict[str, Any] = {"revision": info.revision, "device": info.device, "quantization": info.quantization}
+def asked(request: Request | ScoreRequest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is recorded of a request: what the model is given, and the parameters that are not at "none"."""
+    given: dict[str, Any] = {"text": request.text} if request.text is not None else {"messages": list(request.messages)}
     if isinstance(request, ScoreRequest):
-        asked["choices"] = list(request.choices)
-    else:
-        names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
-        attributes |= {name: value for name in names if (value := getattr(request, name)) not in (None, ())}
-        if request.constraint is not None:
-            asked["constraint"] = asdict(request.constraint)
-    return run.open("generation", name, parent=parent, input=asked, attributes=attributes, model=info.name)
+        return {**given, "choices": list(request.choices)}, {}
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    if request.constraint is not None:
+        given["constraint"] = asdict(request.constraint)
+    return given, {name: value for name in names if (value := getattr(request, name)) not in (None, ())}
+
+
+def _open(run: RunTrace, parent: str, name: str, request: Request | ScoreRequest, info: ModelInfo) -> Span:
+    given, parameters = asked(request)
+    attributes = {"revision": info.revision, "device": info.device, "quantization": info.quantization, **parameters}
+    return run.open("generation", name, parent=parent, input=given, attributes=attributes, model=info.name)
+
+
+def _keep_result(run: RunTrace, call: Span, result: Generation | Scores) -> None:
+    """Everything that the engine said, tokens and their probabilities among it: what a replay answers with."""
+    call.set(device=result.device, result=run.keep(result))
 
 
 def _close_generation(run: RunTrace, call: Span, answer: Generation, chunks: int) -> None:
-    call.set(finish_reason=answer.finish_reason, device=answer.device, chunks=chunks)
+    call.set(finish_reason=answer.finish_reason, chunks=chunks)
+    _keep_result(run, call, answer)
     status: SpanStatus = "cancelled" if answer.finish_reason == "cancelled" else "ok"
     run.close(call, status=status, output=answer.text, usage=answer.usage, timing=answer.timing, model=answer.model)
 
@@ -121,6 +136,44 @@ class TracedRetriever:
         call.set(hits=len(found.hits), generation=found.generation, embed_ms=found.embed_ms, search_ms=found.search_ms)
         run.close(call, output=[_hit(hit) for hit in found.hits], error=found.error or None)
         return found
+
+
+class TracedEmbedder:
+    """An `Embedder` that records an embedding span for each call of the one it wraps. Each vector is kept once."""
+
+    def __init__(self, embedder: Embedder, tracer: Tracer) -> None:
+        self._embedder = embedder
+        self._tracer = tracer
+
+    @property
+    def name(self) -> str:
+        return self._embedder.name
+
+    @property
+    def revision(self) -> str:
+        return self._embedder.revision
+
+    @property
+    def dimensions(self) -> int:
+        return self._embedder.dimensions
+
+    def count_tokens(self, text: str) -> int:
+        return self._embedder.count_tokens(text)
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        place = locate()
+        if place is None:
+            return self._embedder.embed(texts)
+        run, parent, _ = place
+        attributes = {"embedder": self.name, "texts": len(texts)}
+        call = run.open("embedding", "embed", parent=parent, input=list(texts), attributes=attributes)
+        try:
+            vectors = self._embedder.embed(texts)
+        except BaseException as error:
+            run.close(call, error=error)
+            raise
+        run.close(call, output=[run.keep(base64.b64encode(vector.tobytes()).decode()) for vector in vectors])
+        return vectors
 
 
 def _hit(hit: Any) -> dict[str, Any]:

@@ -1,0 +1,408 @@
+"""A replay gives what was recorded with nothing outside called, and says where a changed graph goes another way."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tea import TEXTS
+
+from agentops import Document, Runtime, ScriptedEngine, Settings
+from agentops.errors import EngineOverloaded, RecordError, RetrievalError, UsageError
+from agentops.records import Decision, Query, RunResult, content_hash
+from agentops.replay import Replayed, replay
+from agentops.retrieval.embed import HashEmbedder
+from agentops.store import open_store
+
+FLOW = '''
+import asyncio, operator, re
+from typing import Annotated, Any, TypedDict
+
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import Runtime
+from langgraph.types import RetryPolicy, Send
+
+from agentops import Context, people
+from agentops.engine import generate
+from agentops.errors import EngineOverloaded
+from agentops.records import Request, ToolCall
+from agentops.tools import Toolbox, tool
+
+class State(TypedDict, total=False):
+    question: str
+    draws: list[Any]
+    found: Annotated[list[str], operator.add]
+    said: Annotated[list[str], operator.add]
+    results: list[Any]
+    approved: str
+    name: str
+
+RAN = []
+
+@tool(effect="write")
+def book(place: str) -> str:
+    """Books a table."""
+    RAN.append(place)
+    return f"booked {place}"
+
+@tool(effect="none")
+def burn(place: str) -> str:
+    """Fails."""
+    RAN.append(place)
+    raise OSError(f"no {place}")
+
+box = Toolbox([book, burn])
+
+async def draw(state: State, runtime: Runtime[Context]) -> State:
+    context = runtime.context
+    await asyncio.sleep(0)
+    draws = [context.random(), context.random(), context.clock.now_ns(), context.new_id("x"), context.clock.monotonic_ns()]
+    return {"draws": draws, "said": [], "found": []}
+
+async def look(state: State, runtime: Runtime[Context]) -> State:
+    found = await runtime.context.search(state["question"])
+    vectors = await asyncio.to_thread(runtime.context.embedder.embed, [state["question"], "tea"])
+    return {"found": [hit.document.id for hit in found.hits] + [str(float(vectors[0] @ vectors[1]))] + [found.error]}
+
+def fan(state: State) -> list[Send]:
+    return [Send("work", {"question": "same"}) for _ in range(3)] + [Send("work", {"question": "other"})]
+
+async def speak(state: State, runtime: Runtime[Context]) -> State:
+    made = await generate(runtime.context.engine, Request(text=state["question"], temperature=1.0, seed=7))
+    return {"said": [made.text + str(len(made.tokens))]}
+
+inner = StateGraph(State, context_schema=Context)
+inner.add_node("speak", speak, retry_policy=RetryPolicy(initial_interval=0.01, retry_on=EngineOverloaded))
+inner.add_edge(START, "speak")
+inner = inner.compile()
+
+async def work(state: State) -> State:
+    done = await inner.ainvoke({"question": state["question"]})
+    return {"said": done["said"]}
+
+async def act(state: State, runtime: Runtime[Context]) -> State:
+    asked = [("burn", "toast"), ("book", "here"), ("book", "there")]
+    calls = [ToolCall(name, {"place": place}, name + place) for name, place in asked]
+    return {"results": [await runtime.context.perform(box, call) for call in calls]}
+
+async def part(state: State, runtime: Runtime[Context]) -> State:
+    text = ""
+    stream = runtime.context.engine.stream(Request(text="long"))
+    async for event in stream:
+        text += event.text
+        if len(text) > 5:
+            break
+    await stream.aclose()
+    return {"said": [text]}
+
+def sign(state: State) -> State:
+    name = people.ask("your name?", schema={"type": "string"})
+    decision = people.approve("send it?", " ".join(state["said"]))
+    return {"name": name, "approved": f"{decision.kind}: {decision.content}"}
+
+graph = StateGraph(State, context_schema=Context)
+for node in (draw, look, work, act, part, sign):
+    graph.add_node(node.__name__, node)
+graph.add_edge(START, "draw")
+graph.add_edge("draw", "look")
+graph.add_conditional_edges("look", fan, ["work"])
+graph.add_edge("work", "act")
+graph.add_edge("act", "part")
+graph.add_edge("part", "sign")
+graph.add_edge("sign", END)
+'''
+
+
+class Wordy(ScriptedEngine):
+    """Says something else each time it is asked, and is now and then overloaded."""
+
+    def __init__(self) -> None:
+        self.random = random.Random(1)
+        self.asked = 0
+        super().__init__(lambda request: self.say(request.text or request.messages[-1].content))
+
+    def say(self, text: str) -> Any:
+        self.asked += 1
+        if text == "other" and self.asked < 6:
+            return EngineOverloaded("too much at once", retry_after_s=0.01)
+        return " ".join(str(self.random.randrange(100)) for _ in range(9))
+
+
+@pytest.fixture
+def flow(tmp_path: Path) -> Path:
+    (tmp_path / "flow.py").write_text(FLOW)
+    return tmp_path / "flow.py"
+
+
+@pytest.fixture
+def runtime(settings: Settings) -> Iterator[Runtime]:
+    settings = replace(settings, retrieval=replace(settings.retrieval, collection="tea"))
+    with Runtime(settings, engine=Wordy(), embedder=HashEmbedder(32)) as opened:
+        documents = [Document(source, text, content_hash(text), {"source": source}) for source, (_, text) in TEXTS.items()]
+        opened.index.upsert("tea", documents)
+        yield opened
+
+
+def answered(runtime: Runtime, flow: Path, thread: str = "th_flow") -> RunResult:
+    """A run with everything in it: a refused and an approved tool, an edit, a question."""
+    said: list[Any] = [Decision("reject", reason="no"), Decision("approve"), "Ada", Decision("edit", "mine")]
+    result = runtime.run(str(flow), "how is green tea brewed?", thread=thread)
+    while result.status == "waiting":
+        result = runtime.resume(result.run_id, answer=said.pop(0))
+    assert (result.status, said) == ("done", [])
+    return result
+
+
+def again(settings: Settings, run: str, **more: Any) -> Replayed:
+    (found,) = replay(settings, run=run, **more)
+    return found
+
+
+def test_everything_from_outside_comes_from_the_record(runtime: Runtime, settings: Settings, flow: Path) -> None:
+    done = answered(runtime, flow)
+    found = again(settings, done.run_id)
+    assert found.difference is None
+    assert found.same
+    assert (found.recorded_status, found.replayed_status, found.output_same) == ("done", "done", True)
+    # The node with the tools ran three times, as a person was asked twice: burn each time, and book once. One of the four
+    # packets was worked on twice, after an error, and one stream was left half-way.
+    assert found.answered == {"noted": 5, "embedding": 1, "retrieval": 1, "tool": 4, "generation": 4 + 2 + 1}
+    assert [step.graph for step in found.supersteps].count("work") == 4 * 3
+    assert all(step.recorded and step.recorded == step.replayed for step in found.supersteps)
+    assert done.output["approved"] == "edit: mine"
+
+
+def test_a_thread_is_replayed_run_by_run_and_a_run_with_what_came_before(
+    runtime: Runtime, settings: Settings, flow: Path
+) -> None:
+    first, second = answered(runtime, flow), answered(runtime, flow)
+    assert len(second.output["said"]) == 2 * len(first.output["said"])
+    found = list(replay(settings, thread="th_flow"))
+    assert [(one.run_id, one.same) for one in found] == [(first.run_id, True), (second.run_id, True)]
+    assert again(settings, second.run_id).same
+
+
+def test_a_replay_loads_no_model_and_calls_nothing(runtime: Runtime, settings: Settings, flow: Path) -> None:
+    done = answered(runtime, flow)
+    runtime.close()
+    probe = f"""
+        import socket, sys, time
+        def refused(*_): raise AssertionError("called")
+        socket.socket.connect = refused
+        from agentops.replay import replay
+        from agentops.settings import load_settings
+        (found,) = replay(load_settings({{"paths.home": {str(settings.paths.home)!r}}}), run={done.run_id!r})
+        module = next(m for name, m in sys.modules.items() if name.startswith("agentops_graph_"))
+        print(found.same, module.RAN, "torch" in sys.modules)
+    """
+    told = subprocess.run([sys.executable, "-c", textwrap.dedent(probe)], capture_output=True, text=True, check=True)
+    assert told.stdout.split("\n")[0] == "True [] False"
+
+
+CHANGES = [
+    ('"tea"])', '"coffee"])', "look", "embedding embed, input[1]", "tea", "coffee"),
+    ("for _ in range(3)", "for _ in range(2)", "work / speak", "generation generate, input.text", "same", "other"),
+    ("temperature=1.0", "temperature=0.5", "work / speak", "generation generate, temperature", 1.0, 0.5),
+    ('Request(text="long")', 'Request(text="short")', "part", "generation generate, input.text", "long", "short"),
+    ('return {"draws": draws,', 'return {"draws": draws[:4],', "draw", "output.draws[4]", ..., None),
+    ("    RAN.append(place)\n    return", "    return", "act", "tool book, its code", ..., ...),
+    ('("book", "there")', '("book", "elsewhere")', "act", "interrupt.content.place", "there", "elsewhere"),
+    ("context.random(), context.random()", "context.random()", "draw", "output.draws[1]", ..., ...),
+    ("context.random(), context.random()", "context.random(), context.random(), context.random()", "draw", "random", ..., ...),
+    ('"send it?"', '"send this?"', "sign", "interrupt.question", "send it?", "send this?"),
+    ('"name": name', '"name": name.upper()', "sign", "output.name", "Ada", "ADA"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "node", "field", "recorded", "now"), CHANGES)
+def test_a_changed_graph_is_told_where_it_diverges_first(
+    runtime: Runtime, settings: Settings, flow: Path, old: str, new: str, node: str, field: str, recorded: Any, now: Any
+) -> None:
+    done = answered(runtime, flow)
+    assert old in FLOW
+    flow.write_text(FLOW.replace(old, new))
+    found = again(settings, done.run_id)
+    assert not found.same
+    assert found.difference is not None
+    assert (found.difference.field, found.difference.node) == (field, node)
+    for value, wanted in ((found.difference.one, recorded), (found.difference.two, now)):
+        assert wanted is ... or value == wanted
+
+
+def test_a_changed_prompt_is_told_with_both_versions(runtime: Runtime, settings: Settings, tmp_path: Path) -> None:
+    runtime.run("review", "how is green tea brewed?", thread="th_1")
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    for file in (Path(__file__).resolve().parents[2] / "graphs" / "prompts").glob("*.md"):
+        (prompts / file.name).write_text(file.read_text().replace("{text}", "{text} indeed"))
+    with open_store(settings) as store:
+        run = store.run("last").id
+    assert again(settings, run).same
+    found = again(settings, run, prompts=prompts)
+    assert found.difference is not None
+    assert found.difference.node == "draft / retrieve"
+    assert (
+        str(found.difference.two).endswith("indeed")
+        or "version" in found.difference.field
+        or "indeed" in str(found.difference.two)
+    )
+
+
+def test_a_run_that_failed_fails_the_same_way(runtime: Runtime, settings: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "failing.py"
+    file.write_text(FLOW.replace('return {"said": [text]}', "raise KeyError(text)"))
+    waiting = runtime.run(str(file), "how is green tea brewed?")
+    waiting = runtime.resume(waiting.run_id, answer=Decision("approve"))
+    with pytest.raises(Exception, match="KeyError"):
+        runtime.resume(waiting.run_id, answer=Decision("approve"))
+    found = again(settings, waiting.run_id)
+    assert (found.same, found.recorded_status, found.replayed_status) == (True, "failed", "failed")
+
+
+def test_an_error_of_a_model_or_a_search_is_raised_again_with_its_class(settings: Settings, tmp_path: Path) -> None:
+    class Gone:
+        async def search(self, query: Query) -> Any:
+            raise RetrievalError("nobody there", hint="look")
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: []
+
+    file = tmp_path / "catching.py"
+    file.write_text(
+        "from agentops import Context\nfrom agentops.records import ScoreRequest\nfrom agentops.errors import RetrievalError\n"
+        "from typing import TypedDict\nfrom langgraph.graph import START, StateGraph\nfrom langgraph.runtime import Runtime\n"
+        "class State(TypedDict, total=False):\n    question: str\n    said: list[str]\n"
+        "async def node(state: State, runtime: Runtime[Context]) -> State:\n    said = []\n"
+        "    try:\n        await runtime.context.search('x')\n"
+        "    except RetrievalError as error:\n        said.append(str(error))\n"
+        "    try:\n        await runtime.context.engine.score(ScoreRequest(('a',), text='b'))\n"
+        "    except LookupError as error:\n        said.append(repr(error))\n"
+        "    return {'said': said}\n"
+        "graph = StateGraph(State, context_schema=Context).add_node(node).add_edge(START, 'node')\n"
+    )
+
+    def scores(_: Any) -> Sequence[float]:
+        raise LookupError("no such score")
+
+    index: Any = Gone()
+    with Runtime(settings, engine=ScriptedEngine(scores=scores), index=index, embedder=HashEmbedder()) as runtime:
+        done = runtime.run(str(file), "q")
+    assert done.output["said"] == ["nobody there", "LookupError('no such score')"]
+    assert again(settings, done.run_id).same
+
+
+def test_a_search_that_went_on_without_a_server_is_replayed_as_that(settings: Settings, flow: Path) -> None:
+    down = replace(settings, elasticsearch=replace(settings.elasticsearch, url="http://127.0.0.1:9"))
+    down = replace(down, retrieval=replace(down.retrieval, retriever="elasticsearch", on_error="empty"))
+    with Runtime(down, engine=Wordy(), embedder=HashEmbedder(32)) as runtime:
+        waiting = runtime.run(str(flow), "how is green tea brewed?")
+    assert waiting.output["found"][-1]
+    found = again(settings, waiting.run_id)
+    assert (found.same, found.replayed_status) == (True, "waiting")
+
+
+def test_a_budget_ends_the_replay_where_it_ended_the_run(runtime: Runtime, settings: Settings, flow: Path) -> None:
+    from agentops.errors import BudgetSpent
+    from agentops.records import Budget
+
+    with pytest.raises(BudgetSpent):
+        runtime.run(str(flow), "how is green tea brewed?", budget=Budget(steps=3, model_calls=99, tokens=9_999, seconds=99))
+    runtime.close()
+    with open_store(settings) as store:
+        run = store.run("last").id
+    found = again(settings, run)
+    assert (found.same, found.replayed_status) == (True, "failed")
+
+
+def test_a_graph_object_is_replayed_where_it_is(runtime: Runtime, settings: Settings, flow: Path) -> None:
+    from agentops.graph import load_graph
+
+    made = load_graph(str(flow)).compiled
+    waiting = runtime.run(made, {"question": "how is green tea brewed?"})
+    with pytest.raises(UsageError, match="made in Python"):
+        again(settings, waiting.run_id)
+    assert again(settings, waiting.run_id, graph=made).same
+
+
+def test_what_was_cut_for_its_size_cannot_be_replayed_and_says_so(settings: Settings, flow: Path) -> None:
+    small = replace(settings, record=replace(settings.record, payload_bytes=1024))
+    with Runtime(small, engine=ScriptedEngine(["x" * 5_000] * 9), embedder=HashEmbedder(32)) as runtime:
+        runtime.index.upsert(settings.retrieval.collection, [Document("a", "tea", content_hash("tea"), {"source": "a"})])
+        waiting = runtime.run(str(flow), "q")
+    with pytest.raises(RecordError, match="cut for its size") as refused:
+        again(settings, waiting.run_id)
+    assert "record.payload_bytes" in refused.value.hint
+
+
+def test_a_run_that_died_is_replayed_up_to_there_and_beyond(settings: Settings, tmp_path: Path) -> None:
+    """Killed while a model call was under way beside another that had ended, then taken up again."""
+    file = tmp_path / "dying.py"
+    file.write_text(
+        FLOW.replace(
+            "    made = await generate",
+            '    if state["question"] == "other":\n        await asyncio.sleep(0.3)\n    made = await generate',
+        )
+    )
+    code = f"""
+        import asyncio, os, signal, sys, time
+        from agentops import Runtime, ScriptedEngine, Document, load_settings
+        from agentops.records import content_hash
+        from agentops.retrieval.embed import HashEmbedder
+        def say(request):
+            if request.text == "other" and "kill" in sys.argv:
+                time.sleep(0.3)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return "fine " * 3
+        settings = load_settings({{"paths.home": {str(settings.paths.home)!r}}})
+        with Runtime(settings, engine=ScriptedEngine(say), embedder=HashEmbedder(32)) as runtime:
+            runtime.index.upsert(settings.retrieval.collection, [Document("a", "tea", content_hash("tea"), {{"source": "a"}})])
+            result = runtime.run({str(file)!r}, "q") if "kill" in sys.argv else runtime.resume("last")
+            print(result.status)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    died = subprocess.run([*command, "kill"], capture_output=True, check=False)
+    assert died.returncode == -signal.SIGKILL
+    (found,) = replay(settings, run="last")
+    assert found.recorded_status == "crashed"
+    assert found.difference is None
+    assert (found.same, bool(found.ended_early)) == (True, True)
+    subprocess.run(command, check=True, capture_output=True, env=dict(os.environ))
+    (found,) = replay(settings, run="last")
+    assert (found.same, found.replayed_status) == (True, "waiting")
+
+
+def test_json_tells_all_of_it(runtime: Runtime, settings: Settings, flow: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from agentops.cli import app
+
+    done = answered(runtime, flow)
+    runtime.close()
+    os.environ["AGENTOPS_PATHS_HOME"], before = str(settings.paths.home), os.environ["AGENTOPS_PATHS_HOME"]
+    try:
+        app(["replay", done.run_id, "--json"], standalone_mode=False)
+        told = json.loads(capsys.readouterr().out)
+        assert told["same"]
+        flow.write_text(FLOW.replace('"name": name', '"name": name.upper()'))
+        assert app(["replay", done.run_id], standalone_mode=False) == 1
+        out = capsys.readouterr().out
+        assert "node sign, output.name" in out
+        assert "Ada" in out
+        app(["diff", done.run_id, done.run_id], standalone_mode=False)
+        assert "0 changed" in capsys.readouterr().out
+    finally:
+        os.environ["AGENTOPS_PATHS_HOME"] = before
+
+
+def test_vectors_come_back_to_the_bit(settings: Settings) -> None:
+    vectors = HashEmbedder(16).embed(["tea", "coffee"])
+    assert vectors.dtype == np.float32
