@@ -73,7 +73,8 @@ class Respondent(Protocol):
 
 
 class Judge:
-    """Asks `respondent` under bounds of time and number. `engine` and `embedder` are for verdicts that are computed."""
+    """Asks `respondent` under bounds of time and number. `engine` and `embedder` are for verdicts that are computed, which
+    take `timeout_s` at most as well."""
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class Judge:
         self.how: How = how
         self.engine, self.embedder = engine, embedder
         self._respondent = respondent
-        self._timeout_s, self._retries = timeout_s, retries
+        self.timeout_s, self._retries = timeout_s, retries
         self._clock = clock or SystemClock()
         self._unreached, self._down_until_ns = 0, 0
 
@@ -120,7 +121,7 @@ class Judge:
             if self._clock.monotonic_ns() < self._down_until_ns:
                 raise JudgeFailed("down", hint="see whether the judge's server runs, then evaluate again", unreachable=True)
             try:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(self.timeout_s):
                     text = await self._respondent.answer(question, schema, attempt)
             except TimeoutError:
                 self._missed()
@@ -272,28 +273,24 @@ def open_judge(settings: Settings, engine: Engine | None = None, embedder: Embed
         UsageError: verdicts are to come from the engine, and there is none.
     """
     wanted = settings.judge
+    large = bool(wanted.url) or (engine is not None and engine.info.parameters >= LARGE_ENOUGH)
+    how: How = wanted.how if wanted.how != "auto" else "asked" if large else "computed"
     respondent: Respondent
     if wanted.url:
         _check_address(settings)
-        respondent = ServerRespondent(
-            wanted.url, wanted.model, wanted.api_key, timeout_s=wanted.timeout_s, max_tokens=wanted.max_tokens
-        )
     elif wanted.model:
         raise SettingsError(
             f"{settings.source('judge.model')}: judge.model names a model of a server, and judge.url names none",
             hint="give the server's address as judge.url, such as http://127.0.0.1:8000/v1",
         )
+    if wanted.url and how == "asked":
+        respondent = ServerRespondent(
+            wanted.url, wanted.model, wanted.api_key, timeout_s=wanted.timeout_s, max_tokens=wanted.max_tokens
+        )
     elif engine is not None:
         respondent = EngineRespondent(engine, wanted.max_tokens)
     else:
-        raise UsageError("there is no engine that could judge", hint="open one, or name a server in judge.url")
-    how = wanted.how
-    if how == "auto":
-        how = "asked" if wanted.url or (engine is not None and engine.info.parameters >= LARGE_ENOUGH) else "computed"
-    if how == "computed":
-        if engine is None:
-            raise UsageError("verdicts are computed by an engine, and there is none", hint="set judge.how to asked")
-        respondent = EngineRespondent(engine, wanted.max_tokens)
+        raise UsageError("there is no engine that could judge", hint="open one, or name a server in judge.url and ask it")
     return Judge(respondent, how=how, engine=engine, embedder=embedder, timeout_s=wanted.timeout_s, retries=wanted.retries)
 
 

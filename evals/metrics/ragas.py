@@ -131,7 +131,8 @@ class RagasMetric:
             value = max(value, self.low)
         if not self.low - _TOLERANCE <= value <= self.high + _TOLERANCE:
             raise Unscored(f"judge: the value {value:g} is not between {self.low:g} and {self.high:g}")
-        return round(min(max(value, self.low), self.high), 6)
+        # Adding 0 makes -0.0 what it is.
+        return round(min(max(value, self.low), self.high), 6) + 0.0
 
     def _unscored(self, reason: str, asked: Questions) -> Score:
         return Score(self.name, None, self._source, reason=reason or "unknown", judged=self._judged, details=asked.details)
@@ -160,7 +161,11 @@ class Questions:
         if self._judge.how == "computed":
             from evals.metrics.ragas_computed import computed
 
-            value = await computed(self._judge, self._sample, prompt.given)
+            try:
+                async with asyncio.timeout(self._judge.timeout_s):
+                    value = await computed(self._judge, self._sample, prompt.given)
+            except TimeoutError:
+                raise JudgeFailed("timeout", hint="raise judge.timeout_s") from None
         else:
             value = await self._judge.ask(prompt, narrowed(model.model_json_schema(), prompt.given))
         self.answers.append(value)

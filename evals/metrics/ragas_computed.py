@@ -49,11 +49,15 @@ async def _recalled(judge: Judge, sample: Sample, given: Any) -> Any:
 
 
 async def _useful(judge: Judge, sample: Sample, given: Any) -> Any:
-    """A context was useful when it carries something that the answer says."""
+    """A context was useful when it is about the question and carries something that the answer says."""
     parts = verdicts.claims(given.answer)
+    if not parts:
+        return {"reason": "the answer claims nothing", "verdict": 0}
     found = await verdicts.supports(_engine(judge), parts, given.context, given.question)
-    best = max(found, key=lambda one: one.total, default=None)
-    return {"reason": best.why if best else "no claims", "verdict": int(best is not None and best.useful)}
+    best = max(found, key=lambda one: one.total)
+    ((near,),) = await verdicts.similarity(_embedder(judge), [given.question], [given.context])
+    useful = best.total + near >= verdicts.USEFUL
+    return {"reason": f"{best.why}, cosine {near:.2f}", "verdict": int(useful)}
 
 
 async def _asked_back(judge: Judge, sample: Sample, given: Any) -> Any:
@@ -76,14 +80,14 @@ async def _classified(judge: Judge, sample: Sample, given: Any) -> Any:
 
 
 async def _outcome(judge: Judge, sample: Sample, given: Any) -> Any:
-    turns = _turns(sample)
-    said = [message.content for message in sample.messages if message.role in ("assistant", "tool") and message.content.strip()]
-    end = said[-1] if said else sample.answer
-    return {"user_goal": turns[0][0] if turns else sample.question, "end_state": end}
+    """Where it ended is all that was said and found on the way, but for refusals."""
+    said = [message.content for message in sample.messages if message.role in ("assistant", "tool")] or [sample.answer]
+    kept = [text for text in said if text.strip() and not verdicts.is_evasive(text)]
+    return {"user_goal": _turns(sample)[0][0], "end_state": "\n".join(kept) or said[-1]}
 
 
 async def _reached(judge: Judge, sample: Sample, given: Any) -> Any:
-    """What was wanted was reached when the end says all of it and takes nothing back."""
+    """What was wanted was reached when the end says all of it."""
     parts = verdicts.claims(given.desired_outcome) or [given.desired_outcome]
     found = await verdicts.supports(_engine(judge), parts, given.arrived_outcome)
     reached = all(one.verdict for one in found) and not verdicts.is_evasive(given.arrived_outcome)

@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from judge_server import completion, judge_server
 
 from agentops.clock import SystemClock
+from agentops.engine import Engine
 from agentops.engine.scripted import ScriptedEngine
 from agentops.records import Message, Score, ToolCall
 from evals.judge import EngineRespondent, Judge, JudgeFailed, ServerRespondent
 from evals.metrics import NO_REFERENCE, Metric
 from evals.metrics.ragas import ragas_metrics
 from evals.samples import Context, Reference, Sample
+from evals.verdicts import SOURCE_CHARACTERS, claims, excerpt, is_evasive
 
 JUDGED = {
     "faithfulness",
@@ -462,3 +466,154 @@ async def test_evasive_answers_are_not_relevant_and_refusals_are_not_answers() -
     evasive = replace(SAMPLE, answer="I do not know: the documents do not answer that.")
     assert (await made["answer_relevancy"].score(evasive)).value == 0
     assert (await made["faithfulness"].score(evasive)).reason == "no claims"
+
+
+# --- many ---
+
+
+async def test_of_five_hundred_judgements_each_is_scored_or_says_why_not() -> None:
+    chance = random.Random(7)
+
+    def moody(prompt: str, schema: dict[str, Any]) -> Any:
+        mood = chance.random()
+        if mood < 0.1:
+            return chance.choice(["", "no idea", "{", "NaN", "[1, 2]", '{"verdict": Infinity}', '{"score": -1}'])
+        if mood < 0.15:
+            return chance.choice([JudgeFailed("not reachable"), ValueError("broken"), TimeoutError()])
+        if mood < 0.25:
+            return fill(schema, {"verdict": 5, "score": 99, "statements": [], "classifications": [], "noncommittal": 7})
+        return fill(schema, {"statements": CLAIMS[: chance.randint(0, 3)]} if "verdict" not in json.dumps(schema) else {})
+
+    answers = (
+        "",
+        "Yes.",
+        "I do not know.",
+        SAMPLE.answer,
+        "word " * 3_000,
+        "да 是 نعم \U0001f600",
+        '{"verdict": 5}',
+        "\x00\x1b[2J",
+    )
+    references = (SAMPLE.reference, Reference(), replace(SAMPLE.reference, rubric={"good": "good"}))
+    samples = [
+        replace(SAMPLE, answer=answers[n % len(answers)], reference=references[n % 3], contexts=SAMPLE.contexts[: n % 4])
+        for n in range(56)
+    ]
+    made = metrics(moody, retries=0)
+    judged = [(made[name], await made[name].score(sample)) for sample in samples for name in sorted(JUDGED)]
+    assert len(judged) >= 500
+    for metric, score in judged:
+        assert (score.value is None) == bool(score.reason)
+        assert score.value is None or metric.low <= score.value <= metric.high
+        json.dumps(dict(score.details), allow_nan=False)
+    assert sum(score.value is not None for _, score in judged) > 100
+    assert sum(score.reason.startswith("judge") for _, score in judged) > 100
+
+
+# --- the real model ---
+
+
+BRIDGE = Sample(
+    question="When was the harbour bridge opened?",
+    answer="The harbour bridge was opened in 1932 [1].",
+    contexts=(
+        Context("1", "The harbour bridge was opened in March 1932 after eight years of work. It carries eight lanes of traffic."),
+        Context("2", "Sourdough bread rises slowly, because wild yeast works at its own pace."),
+    ),
+    messages=(
+        Message("user", "When was the harbour bridge opened?"),
+        Message("assistant", "The harbour bridge was opened in 1932."),
+        Message("user", "How do I bake bread?"),
+        Message("assistant", "I cannot help with that."),
+    ),
+    reference=Reference(
+        answer="The bridge was opened in 1932.",
+        topics=("bridges and buildings",),
+        goal="The harbour bridge was opened in 1932.",
+        rubric={"1": "wrong", "5": "right"},
+    ),
+)
+INVENTED = replace(BRIDGE, answer="Dolphins painted the walls of an old opera house; nobody had asked the mayor of Vienna.")
+
+
+@pytest.fixture
+def computing(engine: Engine, embedder_folder: Path) -> tuple[Judge, dict[str, Metric]]:
+    from agentops.retrieval.embed import open_embedder
+
+    embedder = open_embedder(embedder_folder, 2)
+    judge = Judge(EngineRespondent(engine), how="computed", engine=engine, embedder=embedder)
+    return judge, ragas_metrics(judge, embedder)
+
+
+@pytest.mark.model
+async def test_the_small_model_computes_verdicts(computing: tuple[Judge, dict[str, Metric]]) -> None:
+    _, made = computing
+    good = {name: await made[name].score(BRIDGE) for name in JUDGED - {"rubric"}}
+    bad = {name: await made[name].score(INVENTED) for name in ("faithfulness", "factual_correctness", "answer_relevancy")}
+    swapped = await made["context_precision"].score(replace(BRIDGE, contexts=BRIDGE.contexts[::-1]))
+    assert all(score.judged == "computed" for score in good.values())
+    for name in ("faithfulness", "context_precision", "context_recall", "factual_correctness", "agent_goal_accuracy"):
+        assert good[name].value == 1, (name, good[name])
+    assert good["topic_adherence"].value == 1, good["topic_adherence"]
+    assert swapped.value == 0.5
+    assert bad["faithfulness"].value == bad["factual_correctness"].value == 0
+    assert len(bad["faithfulness"].details["verdicts"]) == 2, "two clauses"
+    assert (bad["answer_relevancy"].value or 0) < 0.3 < (good["answer_relevancy"].value or 0)
+
+
+@pytest.mark.model
+async def test_the_small_model_can_be_asked_and_always_answers_in_form(engine: Engine) -> None:
+    judge = Judge(EngineRespondent(engine, 48), how="asked")
+    made = ragas_metrics(judge, Letters())
+    scores = await asyncio.gather(*(made[name].score(BRIDGE) for name in ("context_precision", "agent_goal_accuracy", "rubric")))
+    assert [score.reason for score in scores] == [""] * 3
+    assert all(score.judged == "asked" for score in scores)
+
+
+# --- claims ---
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("The tower is in Paris. It opened in 1889 [1].", ["The tower is in Paris.", "It opened in 1889."]),
+        ("The tower opened in 1889, and it is painted brown.", ["The tower opened in 1889", "it is painted brown."]),
+        ("Bread, cheese, and a glass of wine.", ["Bread, cheese, and a glass of wine."]),
+        ("Is it so? I do not know that.", []),
+        ("42", ["42"]),
+        ("Yes.", ["Yes."]),
+        ("", []),
+        ("- one tower\n- two bridges", ["one tower", "two bridges"]),
+    ],
+)
+def test_a_text_is_taken_apart_into_what_it_claims(text: str, found: list[str]) -> None:
+    assert claims(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "evasive"),
+    [
+        ("I do not know: the documents do not answer that.", True),
+        ("I'm sorry, but I can't help with that.", True),
+        ("It depends.", True),
+        ("The tower opened in 1889.", False),
+        ("Nobody knows the tower better than its painter.", False),
+    ],
+)
+def test_evasive_answers_are_known_by_their_words(text: str, evasive: bool) -> None:
+    assert is_evasive(text) is evasive
+
+
+def test_of_a_long_source_the_part_is_read_that_has_to_do_with_the_claims() -> None:
+    filler = " ".join(f"Sentence number {n} is about bread." for n in range(400))
+    source = f"{filler} The tower opened in 1889. {filler}"
+    part = excerpt(source, ["The tower opened in 1889."])
+    assert len(part) <= SOURCE_CHARACTERS
+    assert "The tower opened in 1889." in part
+    assert excerpt("brief", ["x"]) == "brief"
+
+
+async def test_a_computed_verdict_has_a_limit_of_time_as_well() -> None:
+    engine = ScriptedEngine(delay_s=5)
+    judge = Judge(EngineRespondent(engine), how="computed", engine=engine, embedder=Letters(), timeout_s=0.1)
+    assert (await ragas_metrics(judge, Letters())["faithfulness"].score(SAMPLE)).reason == "judge: timeout"
