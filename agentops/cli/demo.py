@@ -33,6 +33,7 @@ def demo(
     from agentops.cli.models import prepare
     from agentops.cli.progress import stages
     from agentops.cli.record import show
+    from agentops.cli.replay import replay
     from agentops.cli.run import follow
     from agentops.runtime import Runtime
     from agentops.settings import load_settings
@@ -53,6 +54,9 @@ def demo(
     _head(f"{len(QUESTIONS) + 3}. How the first answer came about")
     sys.stderr.flush()
     show(runs[0].run_id)
+    _head(f"{len(QUESTIONS) + 4}. The same run again, with no model")
+    sys.stderr.flush()
+    replay(runs[0].run_id)
     _head("Where to go next")
     where = " --retriever elasticsearch" if retriever == "elasticsearch" else ""
     print(
@@ -61,6 +65,7 @@ def demo(
   agentops run assistant "What is 17 * 23?"            use tools; agentops graphs lists the others
   agentops ingest PATH -c mine                         read documents of your own
   agentops runs; agentops show last --messages         what is on record
+  agentops replay last                                 a run again, with no model
   agentops doctor                                      what this machine has"""
     )
     print(f"\n{time.monotonic() - started:.0f} s in all", file=sys.stderr)

@@ -11,6 +11,7 @@ from crowd import APPROVE, Talk, at_once, difference, in_threads, one_by_one, ov
 from agentops import Runtime, Settings
 from agentops.engine.local import LocalEngine
 from agentops.records import Decision
+from agentops.replay import replay
 from agentops.retrieval.embed import open_embedder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +47,9 @@ def test_eight_conversations_at_once_are_each_as_if_alone(runtime: Runtime, sess
     assert told(crowd) == told(alone)
     # What was scored and what was found is on record with its numbers, so equal hashes are equal numbers.
     assert difference(recorded(session_settings, crowd), recorded(session_settings, alone)) == ""
+    for conversation in crowd:
+        *_, replayed = replay(session_settings, thread=conversation[-1].thread_id)
+        assert replayed.same, replayed.difference
     threads = in_threads(runtime, TALKS[::2], "threads", "docs")
     assert told(threads) == told(alone)[::2]
     assert difference(recorded(session_settings, threads), recorded(session_settings, alone)[::2]) == ""
