@@ -25,8 +25,13 @@ FEWEST_RESAMPLES = 999
 LARGEST_DRAW = 20_000_000
 """Values drawn for one interval or test: with more values than fit, there are fewer resamples, not more time."""
 
+ALL_FLIPS = 16
+"""Up to so many clusters all ways to flip signs are tried."""
+
 JACKKNIFE = 2_000
 """Above so many clusters the bootstrap's correction for skewness, whose cost is their square, no longer changes its interval."""
+
+MCNEMAR, PERMUTATION = "exact McNemar", "sign-flip permutation"
 
 Agreeing = Literal["nominal", "ordinal", "interval"]
 """What a rating's distance from another is. nominal: the same or not.  ordinal: by rank.  interval: their difference, squared."""
@@ -147,9 +152,37 @@ def paired(
 ) -> Paired:
     """Compares two measurements of the same cases, which are given in the same order.
 
-    Zeros and ones: McNemar's exact test, and for the difference the interval of Bonett and Price (2012). Other values, and all
-    that share clusters: a permutation test that flips the signs of the clusters' differences (all flips where they are few,
-    else random ones), and the bootstrap's interval. McNemar's test is the same one, with the flips counted, not drawn.
+    The difference of two rates has the interval of Bonett and Price (2012), that of means, and of whatever is clustered, the
+    bootstrap's; for `p` and `test` see `chance`.
+
+    Raises:
+        ValueError: the two are not of one length.
+    """
+    n = len(first)
+    p, test = chance(first, second, clusters, seed=seed)
+    differences = [after - before for before, after in zip(first, second, strict=True)]
+    higher, lower = sum(one > 0 for one in differences), sum(one < 0 for one in differences)
+    shift = _shift(higher, lower, n, level) if test == MCNEMAR else mean(differences, clusters, level=level, seed=seed)
+    return Paired(
+        first=estimate(first, clusters, level=level, seed=seed),
+        second=estimate(second, clusters, level=level, seed=seed),
+        difference=shift,
+        p=p,
+        test=test,
+        higher=higher,
+        same=n - higher - lower,
+        lower=lower,
+    )
+
+
+def chance(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None, *, seed: int = 0
+) -> tuple[float | None, str]:
+    """How likely a difference at least as big, either way, would be if both were alike; and by which test.
+
+    Zeros and ones: McNemar's exact test. Other values, and all that share clusters: a permutation test, which flips the signs of
+    the clusters' differences, in all ways where they are few, else at random. McNemar's is the same test, with the ways
+    counted. None below two clusters.
 
     Raises:
         ValueError: the two are not of one length.
@@ -158,31 +191,15 @@ def paired(
         raise ValueError(f"{len(first)} values cannot be paired with {len(second)}")
     n = len(first)
     differences = [after - before for before, after in zip(first, second, strict=True)]
-    higher, lower = sum(one > 0 for one in differences), sum(one < 0 for one in differences)
     sums, counts = _grouped(differences, clusters)
-    binary = all(value in (0, 1) for value in (*first, *second)) and len(counts) == n
-    test = "exact McNemar" if binary else "sign-flip permutation" + _clustered(n, len(counts))
-    p: float | None = None
-    if _too_few(n, len(counts)):
-        test = "none: " + (_too_few(n, len(counts)) if n else "no pairs")
-    elif not higher and not lower:
-        p = 1.0
-    elif binary:
+    if why := _too_few(n, len(counts)):
+        return None, f"none: {why if n else 'no pairs'}"
+    if len(counts) == n and all(value in (0, 1) for value in (*first, *second)):
         from scipy.stats import binomtest
 
-        p = float(binomtest(higher, higher + lower).pvalue)
-    else:
-        p = _flipped(sums, seed)
-    return Paired(
-        first=estimate(first, clusters, level=level, seed=seed),
-        second=estimate(second, clusters, level=level, seed=seed),
-        difference=_shift(higher, lower, n, level) if binary else mean(differences, clusters, level=level, seed=seed),
-        p=p,
-        test=test,
-        higher=higher,
-        same=n - higher - lower,
-        lower=lower,
-    )
+        changed = sum(one != 0 for one in differences)
+        return (float(binomtest(sum(one > 0 for one in differences), changed).pvalue) if changed else 1.0), MCNEMAR
+    return _flipped(sums, seed), PERMUTATION + _clustered(n, len(counts))
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
@@ -245,8 +262,8 @@ def agreement(
         return found
 
     value = float(alpha(np.ones(n)))
-    if why := _too_few(n, n):
-        return _none(value, rated, n, why)
+    if n < 2:
+        return _none(value, rated, n, "one unit")
     generator = np.random.default_rng(seed)
     drawn = alpha(generator.multinomial(n, np.full(n, 1 / n), size=_resamples(n * len(values))).astype(np.float64))
     tail = (1 - level) / 2
@@ -341,7 +358,7 @@ def _flipped(sums: Floats, seed: int) -> float:
         lambda one, axis: one.sum(axis=axis),
         permutation_type="samples",  # of one sample: its signs are flipped
         vectorized=True,
-        n_resamples=_resamples(len(moved)),
+        n_resamples=2**ALL_FLIPS if len(moved) <= ALL_FLIPS else _resamples(len(moved)),
         batch=max(1, 2_000_000 // len(moved)),
         rng=np.random.default_rng(seed),
     )

@@ -141,18 +141,8 @@ def _comparison(report: Report, comparison: Comparison) -> Iterator[str]:
     yield "correction over all metrics is at most .05.</p>"
     alone = [(arm.name, len(ids)) for arm, ids in zip(report.arms, comparison.alone, strict=True) if ids]
     yield from (f'<p class="note">{many} cases are in <bdi>{_text(name, SHORT)}</bdi> alone.</p>' for name, many in alone)
-    head = (
-        "metric",
-        "#" + cut(first.name, 40),
-        "#" + cut(second.name, 40),
-        "#difference",
-        f"{percent(report.level)} interval",
-        "#p",
-        "#p (Holm)",
-        "cases",
-        "test",
-        "shown",
-    )
+    names = ("#" + cut(first.name, 40), "#" + cut(second.name, 40))
+    head = ("metric", "verdict", "#difference", f"{percent(report.level)} interval", *names, "#p", "#p (Holm)", "cases")
     yield from _table(head, map(_difference, comparison.metrics))
     for rows in _by_width(comparison.metrics):
         edge = max((abs(bound) for _, one in rows for bound in (one.low, one.high, one.value) if bound is not None), default=0)
@@ -163,19 +153,19 @@ def _comparison(report: Report, comparison: Comparison) -> Iterator[str]:
 
 def _difference(one: MetricDifference) -> list[str]:
     kind = one.verdict if one.verdict != "not shown" else "soft"
-    lost = ((one.only_first, "first"), (one.only_second, "second"))
-    alone = "".join(f"<br>{many} scored in the {which} alone" for many, which in lost if many)
+    more = ((one.only_first, "first"), (one.only_second, "second"))
+    alone = "".join(f"<br>{many} more in the {which}" for many, which in more if many)
+    pairs = f"{one.higher} ↑ {one.same} = {one.lower} ↓"
     return [
         f'<bdi>{_text(one.name, SHORT)}</bdi><br><span class="soft">{direction(one.scale.better)}</span>',
-        number(one.first.value),
-        number(one.second.value),
+        f'<span class="{kind}">{one.verdict}</span>',
         number(one.difference.value, signed=True),
         _text(bounds(one.difference, signed=True)),
+        number(one.first.value),
+        number(one.second.value),
         escape(probability(one.p)),
         escape(probability(one.p_holm)),
-        f'{one.difference.n}<br><span class="soft">{one.higher} ↑ {one.same} = {one.lower} ↓{alone}</span>',
-        _text(one.test),
-        f'<span class="{kind}">{one.verdict}</span>',
+        f'{one.difference.n} <span class="soft">{pairs}{alone}<br>{_text(one.test)}</span>',
     ]
 
 
