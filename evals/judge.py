@@ -38,7 +38,7 @@ Schema = dict[str, Any]
 LARGE_ENOUGH = 1_000_000_000
 """Parameters from which on a model is asked. Below, asked verdicts were at chance and computed ones were not."""
 
-_DOWN_AFTER, _DOWN_S = 3, 30.0
+_DOWN_AFTER, _DOWN_S = 3, 10.0
 _FENCED = re.compile(r"^\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*$", re.DOTALL)
 
 
@@ -52,7 +52,7 @@ class JudgeFailed(AgentOpsError):
 
 class Respondent(Protocol):
     """A model that can be asked. `identity` differs between models that may answer differently; `context_tokens` is None where
-    nobody knows it; `held` says whether answers are held to the schema as they are written."""
+    nobody knows it."""
 
     @property
     def name(self) -> str: ...
@@ -73,7 +73,8 @@ class Respondent(Protocol):
 
 
 class Judge:
-    """Asks `respondent` under bounds of time and number. `engine` and `embedder` are for verdicts that are computed, which
+    """Asks `respondent` under bounds of time and number: `timeout_s` an answer, `retries` more of them, `pause_s` and then twice
+    as long before a server is tried again. `engine` and `embedder` are for verdicts that are computed, which
     take `timeout_s` at most as well."""
 
     def __init__(
@@ -85,12 +86,13 @@ class Judge:
         embedder: Embedder | None = None,
         timeout_s: float = 120.0,
         retries: int = 2,
+        pause_s: float = 0.5,
         clock: Clock | None = None,
     ) -> None:
         self.how: How = how
         self.engine, self.embedder = engine, embedder
         self._respondent = respondent
-        self.timeout_s, self._retries = timeout_s, retries
+        self.timeout_s, self._retries, self._pause_s = timeout_s, retries, pause_s
         self._clock = clock or SystemClock()
         self._unreached, self._down_until_ns = 0, 0
 
@@ -109,30 +111,41 @@ class Judge:
         return self._respondent.context_tokens
 
     async def ask(self, prompt: str, schema: Schema) -> Any:
-        """The model's answer: a value that fits the schema. One that does not is asked for again, with what was wrong.
+        """The model's answer: a value that fits the schema. One that does not is asked for again, with what was wrong, and a
+        server that is not reached is tried again after a pause.
 
-        A judge that was not reached three times in a row is not waited for again for half a minute.
+        A judge that three questions in a row did not reach is not waited for by the next ones, for some seconds.
 
         Raises:
             JudgeFailed: nobody answered in time, or nothing that fits.
         """
+        if self._clock.monotonic_ns() < self._down_until_ns:
+            raise JudgeFailed("down", hint="see whether the judge's server runs, then evaluate again", unreachable=True)
+        try:
+            value = await self._asked(prompt, schema)
+        except JudgeFailed as error:
+            self._unreached = self._unreached + 1 if error.unreachable else 0
+            if self._unreached >= _DOWN_AFTER:
+                self._down_until_ns = self._clock.monotonic_ns() + int(_DOWN_S * 1e9)
+            raise
+        self._unreached = 0
+        return value
+
+    async def _asked(self, prompt: str, schema: Schema) -> Any:
         question, why = prompt, JudgeFailed("not asked")
         for attempt in range(1 + self._retries):
-            if self._clock.monotonic_ns() < self._down_until_ns:
-                raise JudgeFailed("down", hint="see whether the judge's server runs, then evaluate again", unreachable=True)
             try:
                 async with asyncio.timeout(self.timeout_s):
                     text = await self._respondent.answer(question, schema, attempt)
             except TimeoutError:
-                self._missed()
                 raise JudgeFailed("timeout", hint="raise judge.timeout_s", unreachable=True) from None
             except JudgeFailed as error:
                 if not error.unreachable:
                     raise
                 why = error
-                self._missed()
+                if attempt < self._retries:
+                    await asyncio.sleep(self._pause_s * 2**attempt)
                 continue
-            self._unreached = 0
             value, wrong = _read(text, schema)
             if not wrong:
                 return value
@@ -143,11 +156,6 @@ class Judge:
     async def close(self) -> None:
         """Ends the connection to a server; an engine is its owner's to close."""
         await self._respondent.close()
-
-    def _missed(self) -> None:
-        self._unreached += 1
-        if self._unreached >= _DOWN_AFTER:
-            self._down_until_ns = self._clock.monotonic_ns() + int(_DOWN_S * 1e9)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ class Time:
 @asynccontextmanager
 async def server_judge(url: str, **bounds: Any) -> AsyncIterator[Judge]:
     timeout_s = bounds.pop("timeout_s", 5.0)
-    judge = Judge(ServerRespondent(url, "big", timeout_s=timeout_s), how="asked", timeout_s=timeout_s, **bounds)
+    judge = Judge(ServerRespondent(url, "big", timeout_s=timeout_s), how="asked", timeout_s=timeout_s, pause_s=0.01, **bounds)
     try:
         yield judge
     finally:
@@ -206,14 +206,19 @@ async def test_a_judge_that_is_down_is_not_waited_for_each_time() -> None:
         return completion(GOOD) if up[0] else (503, "{}")
 
     with judge_server(script) as server:
-        async with server_judge(server.url, retries=2, clock=time) as judge:
-            assert await failure(judge) == "its server answered 503"
-            assert await failure(judge) == "down"
-            assert len(server.asked) == 3, "it was not asked again"
+        async with server_judge(server.url, retries=1, clock=time) as judge:
+            assert [await failure(judge) for _ in range(4)] == [*["its server answered 503"] * 3, "down"]
+            assert len(server.asked) == 6, "it was not asked again"
             up[0] = True
             assert await failure(judge) == "down"
-            time.seconds += 60
+            time.seconds += 20
             assert await judge.ask("Is it so?", SCHEMA) == MEANT
+
+
+async def test_a_server_that_is_away_for_a_moment_loses_nothing() -> None:
+    with judge_server(lambda body, n: (503, "{}") if n % 3 < 2 else completion(GOOD)) as server:
+        async with server_judge(server.url, retries=2) as judge:
+            assert [await judge.ask("Is it so?", SCHEMA) for _ in range(5)] == [MEANT] * 5
 
 
 async def test_nobody_at_the_address_is_the_reason() -> None:
