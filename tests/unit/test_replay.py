@@ -10,15 +10,15 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tea import TEXTS
 
-from agentops import Document, Runtime, ScriptedEngine, Settings
+from agentops import Document, Runtime, ScriptedEngine, Settings, load_settings
 from agentops.errors import EngineOverloaded, RecordError, RetrievalError, UsageError
 from agentops.records import Decision, Query, RunResult, content_hash
 from agentops.replay import Replayed, replay
@@ -145,13 +145,18 @@ def flow(tmp_path: Path) -> Path:
     return tmp_path / "flow.py"
 
 
+@contextmanager
+def opened(settings: Settings) -> Iterator[Runtime]:
+    with Runtime(settings, engine=Wordy(), embedder=HashEmbedder(32)) as runtime:
+        documents = [Document(source, text, content_hash(text), {"source": source}) for source, (_, text) in TEXTS.items()]
+        runtime.index.upsert("tea", documents)
+        yield runtime
+
+
 @pytest.fixture
 def runtime(settings: Settings) -> Iterator[Runtime]:
-    settings = replace(settings, retrieval=replace(settings.retrieval, collection="tea"))
-    with Runtime(settings, engine=Wordy(), embedder=HashEmbedder(32)) as opened:
-        documents = [Document(source, text, content_hash(text), {"source": source}) for source, (_, text) in TEXTS.items()]
-        opened.index.upsert("tea", documents)
-        yield opened
+    with opened(replace(settings, retrieval=replace(settings.retrieval, collection="tea"))) as runtime:
+        yield runtime
 
 
 def answered(runtime: Runtime, flow: Path, thread: str = "th_flow") -> RunResult:
@@ -225,18 +230,27 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "node", "field", "recorded", "now"), CHANGES)
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, str]:
+    """A record with one run that has everything in it."""
+    folder = tmp_path_factory.mktemp("recorded")
+    (folder / "flow.py").write_text(FLOW)
+    settings = load_settings({"paths.home": folder / "home", "retrieval.collection": "tea"})
+    with opened(settings) as runtime:
+        return settings, answered(runtime, folder / "flow.py").run_id
+
+
+@pytest.mark.parametrize(("old", "new", "node", "field", "was", "now"), CHANGES)
 def test_a_changed_graph_is_told_where_it_diverges_first(
-    runtime: Runtime, settings: Settings, flow: Path, old: str, new: str, node: str, field: str, recorded: Any, now: Any
+    recorded: tuple[Settings, str], tmp_path: Path, old: str, new: str, node: str, field: str, was: Any, now: Any
 ) -> None:
-    done = answered(runtime, flow)
     assert old in FLOW
-    flow.write_text(FLOW.replace(old, new))
-    found = again(settings, done.run_id)
+    (tmp_path / "flow.py").write_text(FLOW.replace(old, new))
+    found = again(*recorded, graph=str(tmp_path / "flow.py"))
     assert not found.same
     assert found.difference is not None
     assert (found.difference.field, found.difference.node) == (field, node)
-    for value, wanted in ((found.difference.one, recorded), (found.difference.two, now)):
+    for value, wanted in ((found.difference.one, was), (found.difference.two, now)):
         assert wanted is ... or value == wanted
 
 
@@ -401,8 +415,3 @@ def test_json_tells_all_of_it(runtime: Runtime, settings: Settings, flow: Path, 
         assert "0 changed" in capsys.readouterr().out
     finally:
         os.environ["AGENTOPS_PATHS_HOME"] = before
-
-
-def test_vectors_come_back_to_the_bit(settings: Settings) -> None:
-    vectors = HashEmbedder(16).embed(["tea", "coffee"])
-    assert vectors.dtype == np.float32

@@ -25,6 +25,7 @@ from langgraph.runtime import Runtime as NodeRuntime
 from agentops import Context, Runtime, ScriptedEngine, Settings
 from agentops.errors import ToolError
 from agentops.records import Decision, ToolCall, ToolResult
+from agentops.replay import replay
 from agentops.settings import ToolSettings
 from agentops.tools import Toolbox, effect_of
 from agentops.tools.mcp import open_servers
@@ -401,6 +402,9 @@ def test_a_run_is_given_the_tools_that_the_settings_name(file: Path, settings: S
             done = runtime.resume(done.run_id, answer=Decision("approve"), graph=made)
     assert [result.status for result in done.output["results"]] == ["ok"]
     assert serving() == []
+    file.unlink()
+    (again,) = replay(settings, run=done.run_id, graph=made)
+    assert (again.same, again.difference, again.answered["tool"]) == (True, None, 1)
 
 
 @pytest.mark.parametrize("word", ["allow", "ask", "deny"])
