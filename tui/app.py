@@ -48,9 +48,9 @@ class TerminalApp(App[None]):
     BINDINGS: ClassVar[list[BindingType]] = [*bindings()]
     CSS = """
     Screen { background: $background; }
-    #small, #nothing { display: none; height: 1fr; width: 1fr; content-align: center middle; padding: 1 4; color: $text-muted; }
-    #nothing { content-align: left middle; padding: 1 8; }
-    .-small > * { display: none; }
+    Base { layers: base over; }
+    #nothing { display: none; height: 1fr; width: 1fr; content-align: left middle; padding: 1 8; color: $text-muted; }
+    #small { display: none; layer: over; width: 100%; height: 100%; background: $background; content-align: center middle; }
     .-small > #small { display: block; }
     #news { height: 1; padding: 0 1; color: $text-warning; }
     #summary { height: 1; padding: 0 1; color: $text-muted; }

@@ -86,9 +86,10 @@ class Reader:
 
     @property
     def idle(self) -> bool:
-        """Whether everything asked for was read and delivered."""
+        """Whether the record was looked at, and everything asked for was read and delivered or cannot be read now."""
         with self._wake:
-            return not self._asked and not self._working
+            looked = self._token is not None or self._trouble is not None
+            return looked and not self._working and (not self._asked or self._trouble is not None)
 
     def ask(self, name: str, work: Callable[[Pages], T], deliver: Callable[[T], None], *, calm: bool = False) -> None:
         """Has `work` done in the reader's thread and its result given to `deliver`. A question of the same name that still waits

@@ -56,7 +56,6 @@ async def opened(
     with utc():
         app = TerminalApp(settings, **({"now_ns": lambda: NOW} | about))
         async with app.run_test(size=size) as pilot:
-            await pilot.pause(0.3)
             await settle(pilot)
             yield app, pilot
 
