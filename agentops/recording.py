@@ -128,12 +128,12 @@ class Recording:
                     self.answered[kind] += 1
                     return span
         if not likely:
-            raise self.went(node, f"{kind} {name}", None, plain, "this is not on record")
+            raise self.divergence(node, f"{kind} {name}", None, plain, "this is not on record")
         path, one, two = unequal(self.content(likely[0].input_hash), plain)
         if path or one != two:
-            raise self.went(node, f"{kind} {name}, input{path}", one, two, "it is given something else")
+            raise self.divergence(node, f"{kind} {name}, input{path}", one, two, "it is given something else")
         path, one, two = unequal({key: likely[0].attributes.get(key) for key in about}, about)
-        raise self.went(node, f"{kind} {name}, {path.lstrip('.')}", one, two, "it is asked in another way")
+        raise self.divergence(node, f"{kind} {name}, {path.lstrip('.')}", one, two, "it is asked in another way")
 
     def noted(self, kind: str) -> Any:
         """The next value that was noted where this is called.
@@ -147,9 +147,9 @@ class Recording:
             if values:
                 self.answered["noted"] += 1
                 return values.pop(0)
-        raise self.went(node, kind, None, None, "it is asked for more often than is on record")
+        raise self.divergence(node, kind, None, None, "it is asked for more often than is on record")
 
-    def went(self, node: str, field: str, recorded: Any, new: Any, why: str) -> ReplayDiverged:
+    def divergence(self, node: str, field: str, recorded: Any, new: Any, why: str) -> ReplayDiverged:
         return self.told(diverged(node, field, recorded, new, why))
 
 
@@ -219,7 +219,7 @@ class ReplayedEngine:
         if span.status == "error":
             raise _raised(span)
         # The caller left here.
-        raise self._recording.went(*_named(span), span.status, "read on", "more of it is read than was")
+        raise self._recording.divergence(*_named(span), span.status, "read on", "more of it is read than was")
 
     async def score(self, request: ScoreRequest) -> Scores:
         given, _ = asked(request)
@@ -310,10 +310,9 @@ class ReplayedEffects(Effects):
         place = locate()
         opened = place[0].find(place[1]) if place else None
         code = opened.row["attributes"].get("code") if opened else None
-        theirs = {name for name, *_ in self._server_tools() or ()}
-        if code != span.attributes["code"] and call.name not in theirs:
+        if code != span.attributes["code"]:
             was = span.attributes["code"]
-            raise self._recording.went(_here()[1], f"tool {call.name}, its code", was, code, "the tool is another one")
+            raise self._recording.divergence(_here()[1], f"tool {call.name}, its code", was, code, "the tool is another one")
         if span.attributes.get("status") == "failed":
             return ToolResult(call, "failed", str(span.attributes["result"]))
         if span.status != "ok":
@@ -321,7 +320,7 @@ class ReplayedEffects(Effects):
         return ToolResult(call, "ok", self._recording.content(span.output_hash))
 
     def server_tools(self) -> Sequence[BaseTool] | None:
-        if (offered := self._server_tools()) is None:
+        if (key := self._recording.root.attributes.get("server_tools")) is None:
             return ()
         from langchain_core.tools import StructuredTool
 
@@ -332,13 +331,9 @@ class ReplayedEffects(Effects):
 
         made = [
             StructuredTool(name=name, description=about, args_schema=schema, coroutine=unreachable)
-            for name, about, schema in offered
+            for name, about, schema in self._recording.content(key)
         ]
         return [with_effect(one, "write") for one in made]
-
-    def _server_tools(self) -> list[Any] | None:
-        key = self._recording.root.attributes.get("server_tools")
-        return self._recording.content(key) if key else None
 
 
 def _nothing(what: str) -> RecordError:

@@ -199,6 +199,8 @@ class Toolbox:
 def _code(declared: BaseTool) -> str:
     """The hash of a tool's schema and, where it can be read, its source: a replay says where another one stands in its place."""
     function = getattr(declared, "func", None) or getattr(declared, "coroutine", None)
+    if isinstance(declared.args_schema, dict):
+        function = None  # of a server, whose source is elsewhere
     try:
         source = inspect.getsource(inspect.unwrap(function)) if function else ""
     except (OSError, TypeError):
