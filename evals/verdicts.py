@@ -34,8 +34,8 @@ FLOOR = -3.0
 """A single token counts this much at most: another word order makes some unlikely."""
 USEFUL = -0.3
 """A context is useful when the total of its best carried claim and its cosine with the question are this much together."""
-ON_TOPIC = 0.25
-"""Least cosine of what was said and a topic that it belongs to."""
+ON_TOPIC = 0.13
+"""Least cosine of a question and "a question about" the topic that it belongs to (`bench/topics.py`)."""
 
 _CLAUSE = re.compile(r";\s+|,\s+(?:and|but|while|whereas)\s+(?=\S+\s+\S+\s+\S)")
 _VERB = re.compile(
@@ -130,6 +130,12 @@ def excerpt(source: str, claims: Sequence[str]) -> str:
             kept.add(place)
             room -= len(sentences[place]) + 1
     return " ".join(sentences[place] for place in sorted(kept))
+
+
+async def on_topic(embedder: Embedder, questions: Sequence[str], topics: Sequence[str]) -> list[bool]:
+    """Whether each question belongs to one of the topics."""
+    near = await similarity(embedder, questions, [f"a question about {topic}" for topic in topics])
+    return [max(row) >= ON_TOPIC for row in near]
 
 
 async def similarity(embedder: Embedder, one: Sequence[str], other: Sequence[str]) -> list[list[float]]:

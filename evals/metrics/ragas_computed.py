@@ -75,8 +75,7 @@ async def _refused(judge: Judge, sample: Sample, given: Any) -> Any:
 
 
 async def _classified(judge: Judge, sample: Sample, given: Any) -> Any:
-    near = await verdicts.similarity(_embedder(judge), given.topics, given.reference_topics)
-    return {"classifications": [max(row) >= verdicts.ON_TOPIC for row in near]}
+    return {"classifications": await verdicts.on_topic(_embedder(judge), given.topics, given.reference_topics)}
 
 
 async def _outcome(judge: Judge, sample: Sample, given: Any) -> Any:
