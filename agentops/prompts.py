@@ -8,6 +8,7 @@ is not sent. `{name}` stands for a value; names are plain words, so that nothing
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,9 +86,25 @@ class Prompt:
 class PromptLibrary:
     """The prompts of one folder, read when first asked for."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, instead: Mapping[str, Prompt] | None = None) -> None:
         self._folder = folder
-        self._read: dict[str, Prompt] = {}
+        self._read: dict[str, Prompt] = dict(instead or {})
+
+    def replaced(self, prompts: Iterable[Prompt]) -> PromptLibrary:
+        """The same library with these in the place of those of their names.
+
+        Raises:
+            PromptError: there is none of that name, or it has other variables.
+        """
+        instead = {prompt.name: prompt for prompt in prompts}
+        for prompt in instead.values():
+            before = self.get(prompt.name)
+            if before.variables != prompt.variables:
+                raise PromptError(
+                    f"prompt '{prompt.name}' has other variables than the one whose place it takes",
+                    hint=f"its variables must be: {', '.join(sorted(before.variables)) or 'none'}",
+                )
+        return PromptLibrary(self._folder, instead)
 
     def names(self) -> list[str]:
         return sorted(file.stem for file in self._folder.glob("*.md")) if self._folder and self._folder.is_dir() else []

@@ -48,7 +48,8 @@ class Sample:
     `contexts` are what was retrieved for it, best first, across all searches, each document once. `cited` are places in
     `contexts`, from 0, by the number that the answer cites them with. `messages` is the conversation with its tool calls as
     `tool_calls`, in order. `cost` is in the currency of the settings; `latency_ms` counts from the start to the end of the
-    run without the time spent waiting for people. `case_id` and `run_id` say what it is a sample of.
+    run without the time spent waiting for people. `case_id` and `run_id` say what it is a sample of. `truncated` names the
+    fields that are not whole, because the record cut them for their size or does not have them.
     """
 
     question: str
@@ -65,3 +66,4 @@ class Sample:
     thread_id: str = ""
     run_id: str = ""
     case_id: str = ""
+    truncated: frozenset[str] = frozenset()
