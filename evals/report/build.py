@@ -200,9 +200,12 @@ class _Reader:
             scores={one.score.name: one.score for one in given if one.score.source != "human"},
             people=tuple(people.values()),
         )
+        if not row.run_id:
+            return case
         with suppress(RunNotFound):
-            case = replace(case, thread_id=self.store.run(row.run_id).thread_id) if row.run_id else case
-        if self.sample is None or not row.run_id:
+            run = self.store.run(row.run_id)
+            case = replace(case, thread_id=run.thread_id, error=case.error or run.error or "")
+        if self.sample is None:
             return case
         try:
             sample = self.sample(row)
@@ -297,10 +300,9 @@ class _Reader:
             return None
         for against in (metric.name, THUMBS):
             pairs = [
-                (metric.values[case.id], float(sum(said) * 2 > len(said)))
+                (metric.values[case.id], outcome)
                 for case in cases
-                if case.id in metric.values
-                and (said := [one.score.value for one in case.people if one.score.name == against and one.score.value in (0, 1)])
+                if case.id in metric.values and (outcome := _outcome(case, against)) is not None
             ]
             if len(pairs) >= LEAST_CALIBRATED:
                 scores, outcomes = zip(*pairs, strict=True)
@@ -308,6 +310,13 @@ class _Reader:
                 outcomes = tuple(1 - one for one in outcomes) if flipped else outcomes
                 return Calibrated(metric.name, against, calibration(scores, outcomes, level=self.level))
         return None
+
+
+def _outcome(case: Case, name: str) -> float | None:
+    """What most people said of the whole answer, 1 or 0; None where nobody did, or as many each way."""
+    said = [one.score.value for one in case.people if one.score.name == name and not one.span_id]
+    votes = sum(1 if value == 1 else -1 for value in said if value in (0, 1))
+    return None if not votes else float(votes > 0)
 
 
 def _why_none(case: Case) -> str:

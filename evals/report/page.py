@@ -227,13 +227,12 @@ def _links(metric: MetricResult, cases: Sequence[Case], anchors: dict[str, str])
 
 def _changes(report: Report, anchors: dict[str, str]) -> Iterator[list[str]]:
     first = named(report.arms[0])
-    by_name = {one.name: one for one in report.comparison.metrics} if report.comparison else {}
     ranges: dict[str, tuple[float, float]] = {}
-    for name, metric in by_name.items():
+    for name in {one.metric for one in report.comparison.changes} if report.comparison else ():
         results = [found for arm in report.arms if (found := arm.metric(name))]
         values = [value for result in results for value in result.values.values()]
-        low, high = metric.scale.low, metric.scale.high
-        ranges[name] = (low if low is not None else min(values), high if high is not None else max(values))
+        low, high = results[-1].scale.low, results[-1].scale.high
+        ranges[name] = (min(values) if low is None else low, max(values) if high is None else high)
     for key, changes in changes_by_case(report):
         if key not in anchors:
             continue

@@ -79,6 +79,8 @@ svg .from.better { stroke: var(--good); } svg .from.worse { stroke: var(--bad); 
 svg .to.better { fill: var(--good); } svg .to.worse { fill: var(--bad); }
 @media print {
   body { max-width: none; padding: 0; }
-  figure, details, .wide { break-inside: avoid; }
+  figure, details, tr { break-inside: avoid; }
+  .wide { overflow: visible; border: 0; }
+  td, th, td.n, th.n, td.one { white-space: normal; padding: .3rem .4rem; }
 }
 """

@@ -52,10 +52,11 @@ def _parts(report: Report, worst: int) -> Iterator[RenderableType]:
 def _table(*columns: str, right: Sequence[int] = ()) -> Table:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place in right else "left", overflow="fold")
+        table.add_column(Text(name), justify="right" if place in right else "left", overflow="fold")
     return table
 
 
