@@ -56,6 +56,14 @@ class Terminal:
         os.write(self.handle, keys)
         return self.read(seconds)
 
+    def press(self, key: bytes, seconds: float) -> None:
+        """Types, and reads for just so long."""
+        os.write(self.handle, key)
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if select.select([self.handle], [], [], left)[0]:
+                self.output += os.read(self.handle, 65_536)
+
     def resize(self, width: int, height: int) -> None:
         fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
         with contextlib.suppress(ProcessLookupError):

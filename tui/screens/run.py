@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from rich.text import Text
@@ -11,16 +12,26 @@ from textual.containers import Container
 from textual.timer import Timer
 from textual.widgets import Static
 
-from agentops.store.pages import Pages, RunLine, SpanLine
+from agentops.store.pages import Pages, RunLine
 from agentops.text import count, duration, moment, short_name
 from tui.actions import bindings
 from tui.screens.base import Base
 from tui.screens.runs import INKS
 from tui.text import flatten
 from tui.widgets.detail import Detail, Part, span_parts
-from tui.widgets.trace import Trace
+from tui.widgets.trace import Outline, Trace
 
 _DETAIL_S = 0.08
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What one reading found: the run, the highest key of its spans, and their outline with what changed in it."""
+
+    run: RunLine | None
+    last: int
+    outline: Outline
+    changed: set[str] | None
 
 
 class RunScreen(Base):
@@ -55,28 +66,30 @@ class RunScreen(Base):
         return self.query_one("#trace", Trace)
 
     def read(self, *, calm: bool = False) -> None:
-        run_id, after = self.run_id, self._last
-        outline = self._trace.outline
-        unsettled = [line.key for line in outline.spans.values() if line.status == "open"]
+        run_id, after, held = self.run_id, self._last, self._trace.outline
 
-        def work(pages: Pages) -> tuple[RunLine | None, list[SpanLine]]:
-            return pages.run_line(run_id), pages.span_lines(run_id, after=after) + pages.span_lines_of(unsettled)
+        def work(pages: Pages) -> _Read:
+            run = pages.run_line(run_id)
+            lines = pages.span_lines(run_id, after=after) + pages.span_lines_of(held.unsettled)
+            outline, changed = held.with_spans(lines) if lines else (held, set())
+            return _Read(run, max((line.key for line in lines), default=after), outline, changed)
 
-        self.ask("spans", work, lambda found: self._show(*found), calm=calm)
+        self.ask("spans", work, self._show, calm=calm)
 
-    def _show(self, run: RunLine | None, lines: list[SpanLine]) -> None:
-        self._run = run
+    def _show(self, found: _Read) -> None:
+        self._run = found.run
         trace = self._trace
-        self._last = max((line.key for line in lines), default=self._last)
+        self._last = max(self._last, found.last)
         first = not trace.outline.spans
-        trace.update_spans(lines, self.terminal.now_ns())
+        trace.show_outline(found.outline, found.changed, self.terminal.now_ns())
+        news = found.changed is None or bool(found.changed)
         if first and self._span is not None:
             trace.go_to(self._span)
-        if self._following and lines:
+        if self._following and news:
             trace.move_to(trace.line_count - 1)
         self._show_head()
         self.show_nothing(not trace.line_count, instead_of=self.query_one("#halves"))
-        if lines:
+        if news:
             self._show_detail()
 
     def _show_head(self) -> None:

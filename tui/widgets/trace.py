@@ -41,8 +41,22 @@ class Outline:
         self._children: dict[str | None, list[str]] = {}
         self._edges: dict[str, tuple[int, int]] = {}
 
-    def update(self, lines: Iterable[SpanLine]) -> set[str] | None:
-        """Takes new spans and changed ones. The ids of the changed, or None where the order is another now."""
+    def with_spans(self, lines: Iterable[SpanLine]) -> tuple[Outline, set[str] | None]:
+        """This outline with new spans and changed ones; the ids of the changed, or None where the order is another now.
+
+        It stays as it is, so that another thread can do the work while this one is on the screen."""
+        new = Outline()
+        new.spans, new.folded, new.visible, new._children = dict(self.spans), self.folded, self.visible, self._children
+        new.tokens, new._edges = self.tokens, self._edges
+        changed = new._take(lines)
+        return new, changed
+
+    @property
+    def unsettled(self) -> list[int]:
+        """Keys of the spans that have not ended."""
+        return [line.key for line in self.spans.values() if line.status == "open"]
+
+    def _take(self, lines: Iterable[SpanLine]) -> set[str] | None:
         changed: set[str] = set()
         grown = False
         for line in lines:
@@ -146,9 +160,18 @@ class Trace(Lines):
         return self.outline.spans[self.outline.visible[self.cursor][0]] if self.line_count else None
 
     def update_spans(self, lines: Iterable[SpanLine], now_ns: int) -> None:
+        """Takes new spans and changed ones, here and now."""
+        self.show_outline(*self.outline.with_spans(lines), now_ns)
+
+    def show_outline(self, outline: Outline, changed: set[str] | None, now_ns: int) -> None:
+        """Shows what `Outline.with_spans` made of the one that is shown; what was folded meanwhile stays so."""
         held = self.span
         self.now_ns = now_ns
-        changed = self.outline.update(lines)
+        if outline.folded != self.outline.folded:
+            outline.fold(self.outline.folded - outline.folded, True)
+            outline.fold(outline.folded - self.outline.folded, False)
+            changed = None
+        self.outline = outline
         if changed is None:
             self._rearranged(held.id if held else None)
         elif changed:
