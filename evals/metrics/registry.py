@@ -122,6 +122,11 @@ def needs_model(names: Iterable[str], settings: Settings) -> bool:
     return "hallucination" in groups or ("ragas" in groups and not asks_elsewhere)
 
 
+def needs_embedder(names: Iterable[str]) -> bool:
+    """Whether one of these metrics compares vectors."""
+    return any(ENTRIES[name].group != "native" for name in names)
+
+
 @asynccontextmanager
 async def make_metrics(
     names: Sequence[str], settings: Settings, *, engine: Callable[[], Engine], embedder: Callable[[], Embedder]
