@@ -6,6 +6,7 @@ draws, and no metric is computed: scores are as they were recorded.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from agentops.errors import AgentOpsError, RunNotFound, UsageError
 from evals.report.model import (
-    Agreement,
     Arm,
     Calibrated,
     Case,
@@ -22,13 +22,14 @@ from evals.report.model import (
     Comparison,
     MetricDifference,
     MetricResult,
+    PeopleResult,
     PersonScore,
     Report,
     Scale,
     Verdict,
 )
 from evals.samples import Sample
-from evals.statistics import agreement, calibration, estimate, holm, paired
+from evals.statistics import Agreeing, agreement, calibration, estimate, holm, paired
 
 if TYPE_CHECKING:
     from agentops.store import CaseRow, ExperimentRow, ScoreRow, Store
@@ -159,11 +160,13 @@ class _Reader:
         for one in self.store.scores(experiment=row.id):
             given.setdefault(one.case_id or "", []).append(one)
         cases = [self._case(found, given.get(found.case_id, [])) for found in self.store.cases(row.id)]
-        model = row.settings.get("model")
+        model, asked = row.settings.get("model"), row.settings.get("metrics")
+        prompts = row.settings.get("prompts") or {}
         about = (
             ("dataset", f"{row.dataset} ({row.dataset_hash})"),
             ("graph", row.graph),
-            *((("model", str(model)),) if isinstance(model, str) else ()),
+            *((("model", model),) if isinstance(model, str) else ()),
+            *((("prompts", ", ".join(f"{name} {version}" for name, version in prompts.items())),) if prompts else ()),
             ("status", row.status + (f": {row.error}" if row.error else "")),
             ("cases", str(len(cases))),
         )
@@ -172,7 +175,8 @@ class _Reader:
         )
         if len(cases) < row.cases:
             notes.append(f"{row.cases - len(cases)} of {row.cases} cases are not on record yet")
-        return self._arm(row.id, row.name or row.id, about, cases, given, notes)
+        wanted = [str(name) for name in asked] if isinstance(asked, list) else []
+        return self._arm(row.id, row.name or row.id, about, cases, given, notes, wanted)
 
     def runs(self, run_ids: Iterable[str]) -> tuple[Arm, tuple[str, ...]]:
         from agentops.store import CaseRow
@@ -223,8 +227,9 @@ class _Reader:
         cases: Sequence[Case],
         given: Mapping[str, Sequence[ScoreRow]],
         notes: list[str],
+        asked: Sequence[str] = (),
     ) -> tuple[Arm, tuple[str, ...]]:
-        names = dict.fromkeys(name for case in cases for name in case.scores)
+        names = dict.fromkeys([*asked, *(name for case in cases for name in case.scores)])
         versions: dict[str, set[str]] = {}
         for case in cases:
             latest = {one.score.name: one for one in given.get(case.id, ()) if one.score.source != "human"}
@@ -239,9 +244,10 @@ class _Reader:
         clusters = len({case.thread_id or case.id for case in cases})
         if clusters < len(cases):
             notes.append(f"the {len(cases)} cases come from {clusters} threads: intervals are clustered by thread")
-        agreements = tuple(agreed for metric in names if (agreed := self._agreement(metric, cases)))
+        opinions = dict.fromkeys(one.score.name for case in cases for one in case.people)
+        people = tuple(said for opinion in opinions if (said := self._people(opinion, cases)))
         calibrations = tuple(found for result in metrics if (found := self._calibrated(result, cases)))
-        return Arm(key, name, about, tuple(cases), metrics, agreements, calibrations), tuple(notes)
+        return Arm(key, name, about, tuple(cases), metrics, people, calibrations), tuple(notes)
 
     def _result(self, name: str, cases: Sequence[Case], versions: set[str]) -> MetricResult:
         values: dict[str, float] = {}
@@ -266,33 +272,31 @@ class _Reader:
             versions=tuple(sorted(versions - {""})),
         )
 
-    def _agreement(self, name: str, cases: Sequence[Case]) -> Agreement | None:
+    def _people(self, name: str, cases: Sequence[Case]) -> PeopleResult | None:
         said = [
             {one.author: one.score.value for one in case.people if one.score.name == name and not one.span_id} for case in cases
         ]
+        rated = [place for place, each in enumerate(said) if any(value is not None for value in each.values())]
         authors = sorted({author for each in said for author in each})
-        if not authors:
+        if not rated:
             return None
-        judge = [case.scores[name].value if name in case.scores else None for case in cases]
-        people = [[each.get(author) for each in said] for author in authors]
-        both = [
-            place
-            for place, value in enumerate(judge)
-            if value is not None and any(person[place] is not None for person in people)
-        ]
-        if not both:
-            return None
-        given = {value for row in (judge, *people) for place in both if (value := row[place]) is not None}
-        scale = "nominal" if given <= {0.0, 1.0} else "interval"
-        rows = [[row[place] for place in both] for row in (judge, *people)]
-        among = agreement(people, scale, level=self.level, seed=self.seed) if len(people) > 1 else None  # type: ignore[arg-type]
-        return Agreement(
+        votes = [[value for value in said[place].values() if value is not None] for place in rated]
+        threads = [cases[place].thread_id or cases[place].id for place in rated]
+        judge = [score.value if (score := case.scores.get(name)) else None for case in cases]
+        both = [place for place in rated if judge[place] is not None]
+        rows = [[said[place].get(author) for place in both] for author in authors]
+        given = {value for place in rated for value in (judge[place], *said[place].values()) if value is not None}
+        scale: Agreeing = "nominal" if given <= {0.0, 1.0} else "interval"
+        among = agreement([[each.get(author) for each in said] for author in authors], scale, level=self.level, seed=self.seed)
+        judged = agreement([[judge[place] for place in both], *rows], scale, level=self.level, seed=self.seed) if both else None
+        return PeopleResult(
             name=name,
-            raters=("judge", *authors),
-            cases=len(both),
+            people=tuple(authors),
+            cases=len(rated),
+            interval=estimate([math.fsum(each) / len(each) for each in votes], threads, level=self.level, seed=self.seed),
             scale=scale,
-            alpha=agreement(rows, scale, level=self.level, seed=self.seed),  # type: ignore[arg-type]
-            people=among if among is not None and among.clusters else None,
+            judge=judged,
+            among=among if among.clusters else None,
         )
 
     def _calibrated(self, metric: MetricResult, cases: Sequence[Case]) -> Calibrated | None:

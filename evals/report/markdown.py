@@ -75,8 +75,8 @@ def _cell(text: str) -> str:
 
 def _metrics(arm: Arm, level: float) -> Iterator[str]:
     if not arm.metrics:
-        yield "Nothing has been scored yet."
-        return
+        yield "No metric has scored anything yet."
+        yield ""
     rows = [
         (
             code(one.name),
@@ -88,19 +88,22 @@ def _metrics(arm: Arm, level: float) -> Iterator[str]:
         )
         for one in arm.metrics
     ]
-    yield from _table(("metric", "mean", f"{percent(level)} interval", "scored", "unscored", "judged"), rows, right=(1, 3))
-    if arm.agreements:
+    if rows:
+        yield from _table(("metric", "mean", f"{percent(level)} interval", "scored", "unscored", "judged"), rows, right=(1, 3))
+    if arm.people:
         people = [
             (
                 code(one.name),
-                number(one.alpha.value),
-                bounds(one.alpha),
+                number(one.interval.value),
+                bounds(one.interval),
                 str(one.cases),
-                number(one.people.value) if one.people else UNKNOWN,
+                number(one.judge.value) if one.judge else UNKNOWN,
+                number(one.among.value) if one.among else UNKNOWN,
             )
-            for one in arm.agreements
+            for one in arm.people
         ]
-        yield from _table(("agreement with people", "alpha", "interval", "cases", "among people"), people, right=(1, 3, 4))
+        head = ("people say", "mean", "interval", "cases", "alpha with judge", "among people")
+        yield from _table(head, people, right=(1, 3, 4, 5))
 
 
 def _worst(arm: Arm, limit: int) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from agentops.records import Score
 from evals.metrics import Metric
-from evals.statistics import Calibration, Interval
+from evals.statistics import Agreeing, Calibration, Interval
 
 Verdict = Literal["better", "worse", "not shown"]
 """What a comparison shows of the second experiment. not shown: a difference of this size could be chance."""
@@ -91,16 +91,21 @@ class MetricResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
-    """How far the judge and people agree on one metric, over the cases that both scored. `alpha` is Krippendorff's; `people` is
-    that of people among themselves, where at least two scored the same cases: more than that no judge can reach."""
+class PeopleResult:
+    """What people said of whole answers under one name. `interval` is of the mean over the `cases` that anybody scored.
+
+    `judge` is Krippendorff's alpha of people and the metric of that name together, over the cases that both scored; None where
+    there is no such metric. `among` is that of people alone, where two or more scored the same cases: a judge can hardly be
+    nearer to people than they are to each other. `scale` says how far apart two scores are (see `evals.statistics.Agreeing`).
+    """
 
     name: str
-    raters: tuple[str, ...]
+    people: tuple[str, ...]
     cases: int
-    scale: str
-    alpha: Interval
-    people: Interval | None = None
+    interval: Interval
+    scale: Agreeing
+    judge: Interval | None = None
+    among: Interval | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +126,7 @@ class Arm:
     about: tuple[tuple[str, str], ...]
     cases: tuple[Case, ...]
     metrics: tuple[MetricResult, ...]
-    agreements: tuple[Agreement, ...] = ()
+    people: tuple[PeopleResult, ...] = ()
     calibrations: tuple[Calibrated, ...] = ()
 
     def metric(self, name: str) -> MetricResult | None:

@@ -14,7 +14,7 @@ from html import escape
 
 from agentops.records import Score
 from evals.report.build import opened
-from evals.report.model import Arm, Case, Comparison, MetricDifference, MetricResult, PersonScore, Report
+from evals.report.model import Arm, Case, Comparison, MetricDifference, MetricResult, PeopleResult, PersonScore, Report
 from evals.report.plots import calibrated, change, distribution, forest
 from evals.report.style import STYLE
 from evals.report.words import (
@@ -28,6 +28,7 @@ from evals.report.words import (
     number,
     percent,
     probability,
+    said,
 )
 from evals.statistics import Interval
 
@@ -80,28 +81,31 @@ def _arm(arm: Arm, report: Report) -> Iterator[str]:
     several = f" of <bdi>{_text(arm.name, SHORT)}</bdi>" if len(report.arms) > 1 else ""
     yield f"<section><h2>Metrics{several}</h2>"
     if not arm.metrics:
-        yield '<p class="note">Nothing has been scored yet.</p></section>'
-        return
+        yield '<p class="note">No metric has scored anything yet.</p>'
     head = ("metric", "#mean", f"{percent(report.level)} interval", "#scored", "unscored", "judged", "interval by")
-    yield from _table(head, (_row(one) for one in arm.metrics))
+    if arm.metrics:
+        yield from _table(head, map(_row, arm.metrics))
     for (low, high), rows in _by_scale(arm.metrics).items():
         yield f"<figure>{forest(rows, low, high, name='metrics with their intervals')}</figure>"
     yield "</section>"
-    if arm.agreements:
-        yield f"<section><h2>People and the judge{several}</h2>"
-        rated = (
-            [
-                f"<bdi>{_text(one.name, SHORT)}</bdi>",
-                number(one.alpha.value),
-                _text(bounds(one.alpha)),
-                str(one.cases),
-                f"<bdi>{_text(', '.join(one.raters[1:]), SHORT)}</bdi>",
-                f"{number(one.people.value)} ({_text(bounds(one.people))})" if one.people else UNKNOWN,
-            ]
-            for one in arm.agreements
+    if arm.people:
+        yield f"<section><h2>What people say{several}</h2>"
+        columns = (
+            "name",
+            "#mean",
+            "interval",
+            "#cases",
+            "people",
+            "#alpha with the judge",
+            "interval",
+            "#among people",
+            "interval",
         )
-        yield from _table(("metric", "#Krippendorff's alpha", "interval", "#cases", "people", "among people"), rated)
-        yield "</section>"
+        yield from _table(columns, map(_people, arm.people))
+        every = said(arm)
+        yield f'<details><summary>Each of {len(every):,}</summary><div class="inside">'
+        yield from _table(("case", "who", "name", "#says", "#metric", "comment"), (_beside(*one) for one in every[:LISTED]))
+        yield "</div></details></section>"
     if arm.calibrations:
         yield f'<section><h2>Calibration{several}</h2><div class="figures">'
         for one in arm.calibrations:
@@ -110,6 +114,25 @@ def _arm(arm: Arm, report: Report) -> Iterator[str]:
             yield f"<figcaption>against people's <bdi>{_text(one.against, SHORT)}</bdi>, {found.n} cases: expected calibration "
             yield f"error {number(found.error)}, Brier score {number(found.brier)}</figcaption></figure>"
         yield "</div></section>"
+
+
+def _people(one: PeopleResult) -> list[str]:
+    alphas = ((number(alpha.value), _text(bounds(alpha))) if alpha else (UNKNOWN, "") for alpha in (one.judge, one.among))
+    return [
+        f"<bdi>{_text(one.name, SHORT)}</bdi>",
+        number(one.interval.value),
+        _text(bounds(one.interval)),
+        str(one.cases),
+        f"<bdi>{_text(', '.join(one.people), SHORT)}</bdi>",
+        *(cell for pair in alphas for cell in pair),
+    ]
+
+
+def _beside(case: Case, one: PersonScore) -> list[str]:
+    """What a person said, beside the metric's score of that name."""
+    name, value, by, comment = _person(one)
+    judge = case.scores.get(one.score.name)
+    return [f"<bdi>{_text(case.id, 60)}</bdi>", by, name, value, number(judge.value) if judge else UNKNOWN, comment]
 
 
 def _row(one: MetricResult) -> list[str]:
@@ -257,12 +280,12 @@ def _case(report: Report, key: str, anchor: str) -> Iterator[str]:
         yield "<div>"
         if len(report.arms) > 1:
             yield f"<h4><bdi>{_text(arm.name, SHORT)}</bdi></h4>"
-        yield from _said(case)
+        yield from _answered(case)
         yield "</div>"
     yield "</div></div></details>"
 
 
-def _said(case: Case) -> Iterator[str]:
+def _answered(case: Case) -> Iterator[str]:
     if case.answer:
         yield f'<h4>Answer</h4><p class="said" dir="auto">{_text(case.answer, LONG)}</p>'
     if case.error:

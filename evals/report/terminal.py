@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from agentops.text import one_line
 from evals.report.model import Arm, Comparison, MetricResult, Report
-from evals.report.words import UNKNOWN, bounds, changes_by_case, counts, direction, named, number, percent, probability
+from evals.report.words import UNKNOWN, bounds, changes_by_case, counts, direction, named, number, percent, probability, said
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,11 +41,12 @@ def _parts(report: Report, worst: int) -> Iterator[RenderableType]:
         return
     for arm in report.arms:
         if not arm.metrics:
-            yield Text("nothing has been scored yet", style="yellow")
-            continue
-        yield _metrics(arm, report.level)
-        if arm.agreements:
+            yield Text("no metric has scored anything yet", style="yellow")
+        else:
+            yield _metrics(arm, report.level)
+        if arm.people:
             yield _people(arm)
+            yield from _said(arm, 2 * worst)
         yield from _worst(arm, worst)
 
 
@@ -98,18 +99,40 @@ def _bar(one: MetricResult) -> str:
 def _people(arm: Arm) -> Table:
     from rich.text import Text
 
-    table = _table("agreement with people", "alpha", "interval", "cases", "people", "among people", right=(1, 3))
-    for one in arm.agreements:
-        among = number(one.people.value) if one.people else UNKNOWN
+    table = _table("people say", "mean", "interval", "cases", "people", "alpha with judge", "among people", right=(1, 3, 5, 6))
+    for one in arm.people:
         table.add_row(
             Text(one_line(one.name, 40), style="bold"),
-            number(one.alpha.value),
-            bounds(one.alpha),
+            number(one.interval.value),
+            bounds(one.interval),
             str(one.cases),
-            Text(one_line(", ".join(one.raters[1:]), 60)),
-            among,
+            Text(one_line(", ".join(one.people), 60)),
+            number(one.judge.value) if one.judge else UNKNOWN,
+            number(one.among.value) if one.among else UNKNOWN,
         )
     return table
+
+
+def _said(arm: Arm, limit: int) -> Iterator[RenderableType]:
+    """Each of what people said, beside the metric's score of that name."""
+    from rich.text import Text
+
+    table = _table("case", "who", "says", "", "metric", "comment", right=(3, 4))
+    every = said(arm)
+    for case, one in every[:limit]:
+        judge = case.scores.get(one.score.name)
+        table.add_row(
+            Text(one_line(case.id, 40)),
+            Text(one_line(one.author, 24)),
+            Text(one_line(one.score.name, 32)),
+            number(one.score.value),
+            number(judge.value) if judge else UNKNOWN,
+            Text(one_line(one.score.comment, 80)),
+        )
+    if table.row_count:
+        yield table
+        if len(every) > limit:
+            yield Text(f"and {len(every) - limit} more of what people said: --json", style="dim")
 
 
 def _worst(arm: Arm, limit: int) -> Iterator[RenderableType]:

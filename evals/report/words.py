@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from agentops.text import clean
-from evals.report.model import Arm, Case, Change, Report
+from evals.report.model import Arm, Case, Change, PersonScore, Report
 from evals.statistics import Interval
 
 UNKNOWN = "–"
@@ -63,3 +63,9 @@ def changes_by_case(report: Report) -> list[tuple[str, list[Change]]]:
 
 def named(arm: Arm) -> dict[str, Case]:
     return {case.id: case for case in arm.cases}
+
+
+def said(arm: Arm) -> list[tuple[Case, PersonScore]]:
+    """What people said, those with a comment first."""
+    found = [(case, one) for case in arm.cases for one in case.people]
+    return sorted(found, key=lambda pair: not pair[1].score.comment)

@@ -189,6 +189,18 @@ def test_an_unfinished_experiment_and_a_changed_metric_are_noted(record: Record,
         assert note in to_html(report)
 
 
+def test_a_metric_that_was_asked_for_and_never_scored_is_in_the_report(record: Record, settings: Settings) -> None:
+    record.experiment("exp_1", "first", 1, settings={"metrics": ["exact", "recall"]})
+    record.case("exp_1", "c0", {"recall": 1.0}, status="failed")
+    with read(record, settings) as store:
+        report = report_of(store, "exp_1")
+    assert [(one.name, one.scored, dict(one.unscored)) for one in report.arms[0].metrics] == [
+        ("exact", 0, {"the run failed": 1}),
+        ("recall", 1, {}),
+    ]
+    assert failures(report, parse_bars(["exact=0"])) == ("exact has no score in 1 case (the run failed: 1)",)
+
+
 def test_recorded_runs_are_reported_on_without_an_experiment(record: Record, settings: Settings) -> None:
     for place in range(3):
         record.run(f"run_{place}", "th_1" if place < 2 else "th_2")
@@ -218,17 +230,22 @@ def test_people_and_the_judge(record: Record, settings: Settings) -> None:
         report = report_of(store, "exp_1", scales=SCALES)
     (arm,) = report.arms
     assert [one.name for one in arm.metrics] == ["faithfulness"], "what people said is no metric's score"
-    (agreed,) = arm.agreements
-    assert (agreed.raters, agreed.cases, agreed.scale) == (("judge", "ann", "ben"), 20, "interval")
-    assert agreed.alpha.value is not None
-    assert 0.3 < agreed.alpha.value < 0.9
-    assert agreed.people is not None
-    assert agreed.people.value is not None
-    assert 0.7 < agreed.people.value < 1, "they differ in one case"
+    agreed, thumbs = arm.people
+    assert (agreed.people, agreed.cases, agreed.scale) == (("ann", "ben"), 20, "interval")
+    assert agreed.interval.value == pytest.approx((12 - 0.5 + 1) / 20), "ann and ben differ in one case"
+    assert agreed.judge is not None
+    assert agreed.judge.value is not None
+    assert 0.3 < agreed.judge.value < 0.9
+    assert agreed.among is not None
+    assert agreed.among.value is not None
+    assert 0.7 < agreed.among.value < 1
+    assert (thumbs.name, thumbs.interval.value, thumbs.interval.method) == ("thumbs", 0.6, "Wilson")
+    assert (thumbs.judge, thumbs.among) == (None, None), "there is no metric of that name, and one person"
     (calibrated,) = arm.calibrations
     assert (calibrated.against, calibrated.calibration.n) == ("faithfulness", 19), "people do not agree on one"
-    assert "after a second look" in to_html(report)
-    assert "ann, ben" in shown(report)
+    for text in (shown(report), to_html(report)):
+        assert "after a second look" in text
+        assert "ann, ben" in text
 
 
 def test_two_experiments_are_compared_case_by_case(record: Record, settings: Settings) -> None:
@@ -351,7 +368,7 @@ def test_nothing_scored_is_said_in_every_form(record: Record, settings: Settings
     with read(record, settings) as store:
         report = report_of(store, "exp_1", trace=trace)
     for text in (shown(report), to_markdown(report), to_html(report)):
-        assert "othing has been scored yet" in text
+        assert "o metric has scored anything yet" in text
 
 
 @pytest.mark.parametrize(
@@ -426,7 +443,7 @@ def test_no_text_is_markup_in_a_pull_request(hostile: Report) -> None:
         assert all(re.fullmatch(r"(<details><summary>[\w ]+</summary>|</details>)", one) for one in html)
         assert not [token.content for token in tokens if token.type == "text" and "owned" in token.content]
         rows = [row.count("<td") for row in reader.render(text).split("</tr>") if "<td" in row]
-        assert set(rows) <= {5, 6, 9}
+        assert set(rows) <= {5, 6, 9}, "no text ends a cell"
 
 
 @pytest.mark.parametrize("text", ["`", "``", "a`b", "`a`", "a``b`c", " a ", "a|b"])
