@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +55,11 @@ def test_the_names_and_bounds_that_a_registry_needs() -> None:
         assert checked.name == name
         assert checked.low == 0
         assert (checked.better, checked.high) == (("low", math.inf) if name in ("latency_ms", "tokens", "cost") else ("high", 1))
+
+
+def test_the_documentation_names_every_metric() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "detectors.md").read_text(encoding="utf-8")
+    assert [name for name in (*METRICS, "hallucination", "toxicity") if f"`{name}`" not in page] == []
 
 
 # --- citations ---
