@@ -47,8 +47,7 @@ class TerminalApp(App[None]):
     }
     BINDINGS: ClassVar[list[BindingType]] = [*bindings()]
     CSS = """
-    Screen { background: $background; }
-    Base { layers: base over; }
+    Base { background: $background; layers: base over; }
     #nothing { display: none; height: 1fr; width: 1fr; content-align: left middle; padding: 1 8; color: $text-muted; }
     #small { display: none; layer: over; width: 100%; height: 100%; background: $background; content-align: center middle; }
     .-small > #small { display: block; }

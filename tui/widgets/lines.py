@@ -35,8 +35,8 @@ class Lines(ScrollView, can_focus=True):
         scrollbar-size-vertical: 1;
         background: $background;
         color: $foreground;
-        .lines--head { color: $text-muted; text-style: underline; }
-        .lines--dim { color: $text-muted; }
+        .lines--head { background: $panel; color: $foreground 70%; }
+        .lines--dim { color: $foreground 60%; }
         .lines--good { color: $text-success; }
         .lines--bad { color: $text-error; text-style: bold; }
         .lines--warn { color: $text-warning; }
@@ -47,7 +47,7 @@ class Lines(ScrollView, can_focus=True):
         .lines--strong { text-style: bold; }
         .lines--plain { color: $foreground; }
         .lines--cursor { background: $surface-lighten-2; }
-        &:focus .lines--cursor { background: $primary 40%; text-style: bold; }
+        &:focus .lines--cursor { background: $primary-muted; text-style: bold; }
     }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -102,7 +102,11 @@ class Lines(ScrollView, can_focus=True):
             found = self.rich_style
             for name in names:
                 if name:
-                    found += self.get_component_rich_style(f"lines--{name}", partial=True)
+                    part = self.get_component_rich_style(f"lines--{name}", partial=True)
+                    if part.color is not None:
+                        # Only the whole style has colours mixed with what is behind them.
+                        part += Style(color=self.get_component_rich_style(f"lines--{name}").color)
+                    found += part
             self._inks[names] = found
         return found
 
