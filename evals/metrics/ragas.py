@@ -37,7 +37,7 @@ SMALL_CONTEXT = 16_384
 _VERSION = "1"
 _TOLERANCE = 1e-6
 _BINARY = ("verdict", "attributed", "noncommittal")
-_SHOWN = 50
+_SHOWN, _TEXT = 50, 500
 
 
 class Unscored(Exception):
@@ -98,6 +98,7 @@ class RagasMetric:
         try:
             value = self._checked(await self._value(sample, asked))
             self._kind.check(asked.answers)
+            return Score(self.name, value, self._source, judged=self._judged, comment=asked.comment, details=asked.details)
         except Settled as known:
             return Score(self.name, known.value, self._source, judged=self._judged, comment=str(known))
         except Unscored as nothing:
@@ -107,8 +108,8 @@ class RagasMetric:
         except AgentOpsError as error:
             return self._unscored(f"{error}", asked)
         except Exception as error:
-            return self._unscored(f"{type(error).__name__}: {error}"[:500], asked)
-        return Score(self.name, value, self._source, judged=self._judged, comment=asked.comment, details=asked.details)
+            # What this is nobody knows; so what was answered is not looked at again.
+            return self._unscored(f"{type(error).__name__}: {error}"[:500])
 
     async def _value(self, sample: Sample, asked: Questions) -> float:
         # Importing it takes seconds, in which others go on.
@@ -134,8 +135,9 @@ class RagasMetric:
         # Adding 0 makes -0.0 what it is.
         return round(min(max(value, self.low), self.high), 6) + 0.0
 
-    def _unscored(self, reason: str, asked: Questions) -> Score:
-        return Score(self.name, None, self._source, reason=reason or "unknown", judged=self._judged, details=asked.details)
+    def _unscored(self, reason: str, asked: Questions | None = None) -> Score:
+        details = asked.details if asked is not None else {}
+        return Score(self.name, None, self._source, reason=reason or "unknown", judged=self._judged, details=details)
 
     @property
     def _judged(self) -> str:
@@ -242,12 +244,12 @@ def _told(value: Mapping[str, Any]) -> list[dict[str, Any]]:
             if isinstance(one, dict):
                 verdict = one.get("verdict", one.get("attributed"))
                 found.append(
-                    {"claim": str(one.get("statement", "")), "verdict": verdict, "why": str(one.get("reason", ""))[:300]}
+                    {"claim": str(one.get("statement", "")), "verdict": verdict, "why": str(one.get("reason", ""))[:_TEXT]}
                 )
     if "verdict" in value:
-        found.append({"claim": "", "verdict": int(value["verdict"]), "why": str(value.get("reason", ""))[:300]})
+        found.append({"claim": "", "verdict": int(value["verdict"]), "why": str(value.get("reason", ""))[:_TEXT]})
     if "score" in value:
-        found.append({"claim": "", "verdict": value["score"], "why": str(value.get("feedback", ""))[:300]})
+        found.append({"claim": "", "verdict": value["score"], "why": str(value.get("feedback", ""))[:_TEXT]})
     return found
 
 

@@ -67,7 +67,8 @@ class Voice:
     """A model that says what a test makes of the prompt and the schema: a value, a text, or an error to raise."""
 
     def __init__(self, say: Say, name: str = "voice") -> None:
-        self.say, self.name, self.identity, self.context_tokens = say, name, name, None
+        self.say, self.name, self.identity = say, name, name
+        self.context_tokens: int | None = None
         self.prompts: list[str] = []
 
     async def answer(self, prompt: str, schema: dict[str, Any], attempt: int) -> str:
@@ -165,6 +166,19 @@ async def test_a_judge_that_denies_gives_none_and_its_claims_are_told() -> None:
     assert [one["verdict"] for one in score.details["verdicts"]] == [0, 0, 0, 0]
     assert score.details["judge"] == "voice"
     assert score.comment == "words; words; words; words"
+
+
+async def test_a_small_context_is_spared_the_examples() -> None:
+    short, long = Voice(obliging()), Voice(obliging())
+    short.context_tokens = 8_192
+    for name in JUDGED:
+        short.prompts.clear()
+        long.prompts.clear()
+        assert (await metrics(short)[name].score(SAMPLE)).value == (await metrics(long)[name].score(SAMPLE)).value
+        for brief, full in zip(short.prompts, long.prompts, strict=True):
+            assert "EXAMPLES" in full, name
+            assert "EXAMPLES" not in brief, name
+            assert len(brief) < 0.75 * len(full), name
 
 
 # --- what is missing ---
