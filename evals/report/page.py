@@ -68,10 +68,12 @@ def _body(report: Report, worst: int) -> Iterator[str]:
     yield "</header><main>"
     if report.comparison is not None:
         yield from _comparison(report, report.comparison)
+        yield from _opened(report, worst)
     for arm in report.arms:
         yield from _arm(arm, report)
     yield from _distributions(report)
-    yield from _opened(report, worst)
+    if report.comparison is None:
+        yield from _opened(report, worst)
     yield from _all(report)
     yield "</main>"
     yield from _reading(report)
@@ -90,17 +92,7 @@ def _arm(arm: Arm, report: Report) -> Iterator[str]:
     yield "</section>"
     if arm.people:
         yield f"<section><h2>What people say{several}</h2>"
-        columns = (
-            "name",
-            "#mean",
-            "interval",
-            "#cases",
-            "people",
-            "#alpha with the judge",
-            "interval",
-            "#among people",
-            "interval",
-        )
+        columns = ("name", "#mean", "interval", "#cases", "people", "#alpha with the judge", "#alpha among people")
         yield from _table(columns, map(_people, arm.people))
         every = said(arm)
         yield f'<details><summary>Each of {len(every):,}</summary><div class="inside">'
@@ -117,15 +109,18 @@ def _arm(arm: Arm, report: Report) -> Iterator[str]:
 
 
 def _people(one: PeopleResult) -> list[str]:
-    alphas = ((number(alpha.value), _text(bounds(alpha))) if alpha else (UNKNOWN, "") for alpha in (one.judge, one.among))
     return [
         f"<bdi>{_text(one.name, SHORT)}</bdi>",
         number(one.interval.value),
         _text(bounds(one.interval)),
         str(one.cases),
         f"<bdi>{_text(', '.join(one.people), SHORT)}</bdi>",
-        *(cell for pair in alphas for cell in pair),
+        *(_alpha(alpha) for alpha in (one.judge, one.among)),
     ]
+
+
+def _alpha(alpha: Interval | None) -> str:
+    return f'{number(alpha.value)}<br><span class="soft">{_text(bounds(alpha))}</span>' if alpha else UNKNOWN
 
 
 def _beside(case: Case, one: PersonScore) -> list[str]:

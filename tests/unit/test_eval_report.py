@@ -394,6 +394,22 @@ def test_ticks_are_round_and_within() -> None:
     assert ticks(3, 3) == [3]
 
 
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_terminal_of_any_width_shows_whole_numbers(record: Record, settings: Settings, width: int) -> None:
+    record.filled("exp_1", "before", FIRST)
+    record.filled("exp_2", "after", SECOND)
+    with read(record, settings) as store:
+        both = compare(store, "before", "after", scales=SCALES, sample=sample)
+    for report in (both, single(both)):
+        lines = re.sub(r"\x1b\[[\d;]*m", "", shown(report, width)).split("\n")
+        assert max(map(len, lines)) <= width
+        metrics = report.comparison.metrics if report.comparison else report.arms[0].metrics
+        for one in metrics:
+            interval = one.interval if isinstance(one, MetricResult) else one.difference
+            said = bounds(interval, signed=not isinstance(one, MetricResult))
+            assert any(one.name in line and said in line for line in lines), (one.name, said)
+
+
 @pytest.fixture
 def hostile(record: Record, settings: Settings) -> Report:
     """Every text that a report shows is hostile."""
