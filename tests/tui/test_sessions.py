@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import io
 import os
 import re
 import shlex
@@ -16,8 +19,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
+from PIL import Image
 from tui_record import NOW, Seeds, small
 
 from agentops import Settings
@@ -101,10 +107,6 @@ def status_of(url: str, **headers: str) -> int:
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 
-PAGE = """
-<iframe src="URL" style="width:1000px;height:700px"></iframe>
-"""
-
 
 @contextmanager
 def served(environment: dict[str, str], port: int) -> Iterator[str]:
@@ -145,28 +147,75 @@ def test_only_pages_of_this_machine_are_served(settings: Settings, environment: 
         assert f" 00000000:{port:04X} " not in listening
 
 
+class Browser:
+    """A page in Chromium, over its debugging port."""
+
+    def __init__(self, line: aiohttp.ClientWebSocketResponse) -> None:
+        self._line = line
+        self._calls = 0
+
+    async def call(self, method: str, **about: Any) -> dict[str, Any]:
+        self._calls += 1
+        await self._line.send_json({"id": self._calls, "method": method, "params": about})
+        while True:
+            answer = await self._line.receive_json(timeout=20)
+            if answer.get("id") == self._calls:
+                return dict(answer["result"])
+
+    async def press(self, key: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            about = {"text": key} if kind == "keyDown" else {}
+            await self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=ord(key.upper()), **about)
+        await asyncio.sleep(1.5)
+
+    async def picture(self) -> Image.Image:
+        shot = await self.call("Page.captureScreenshot", format="png")
+        return Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
+
+
+def inks(picture: Image.Image) -> set[tuple[int, int, int]]:
+    return {colour for _, colour in picture.getcolors(1 << 24)}
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
-def test_the_screens_in_a_browser(settings: Settings, environment: dict[str, str], tmp_path: Path) -> None:
+async def test_the_screens_in_a_browser(settings: Settings, environment: dict[str, str], tmp_path: Path) -> None:
     small(settings)
-    with served(environment, free_port()) as url:
-        page = tmp_path / "page.png"
-        done = subprocess.run(
-            [
-                str(CHROMIUM),
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                f"--user-data-dir={tmp_path / 'profile'}",
-                "--window-size=1000,700",
-                "--virtual-time-budget=20000",
-                "--timeout=20000",
-                f"--screenshot={page}",
-                url,
-            ],
-            capture_output=True,
-            timeout=90,
-            env=environment,
+    port = free_port()
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1000,700", profile]
+    colourful = {name: value for name, value in environment.items() if name != "NO_COLOR"}
+    with served(colourful, free_port()) as url:
+        chromium = subprocess.Popen(
+            [str(CHROMIUM), *flags, f"--remote-debugging-port={port}", url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        assert page.exists(), done.stderr[-2000:]
-        shutil.copy(page, "/tmp/lab/e_pic/web.png")
+        try:
+            async with aiohttp.ClientSession() as http:
+                for _ in range(150):
+                    try:
+                        async with http.get(f"http://127.0.0.1:{port}/json") as answer:
+                            pages = await answer.json()
+                        break
+                    except aiohttp.ClientError:
+                        await asyncio.sleep(0.1)
+                (page,) = (one for one in pages if one["type"] == "page")
+                async with http.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0) as line:
+                    browser = Browser(line)
+                    for _ in range(80):
+                        shown = await browser.call("Runtime.evaluate", expression="document.body.className")
+                        if "-first-byte" in str(shown["result"].get("value")):
+                            break
+                        await asyncio.sleep(0.5)
+                    await asyncio.sleep(2)
+                    await browser.call("Runtime.evaluate", expression="document.querySelector('textarea').focus()")
+                    runs = await browser.picture()
+                    assert (36, 47, 56) in inks(runs), "no bar"
+                    assert len(inks(runs)) > 20, "no text"
+                    top = (0, 0, 1000, 40)
+                    await browser.press("4")
+                    assert (await browser.picture()).crop(top).tobytes() != runs.crop(top).tobytes(), "keys do nothing"
+                    await browser.press("1")
+                    await browser.press("r")
+                    assert (await browser.picture()).crop(top).tobytes() == runs.crop(top).tobytes(), "something was started"
+        finally:
+            chromium.kill()
+            chromium.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tui_record import NOW, small
 
 from agentops import Settings
 from tui.app import TerminalApp
+from tui.shots import SHOTS, shoot
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +51,11 @@ def test_a_screen_looks_as_it_did(settings: Settings, snap_compare: Any, place: 
 
     app = TerminalApp(settings, open_at=place, now_ns=lambda: NOW, interval=lambda values, threads: (min(values), max(values)))
     assert snap_compare(app, run_before=before, terminal_size=(100, 30))
+
+
+async def test_the_pictures_of_the_documentation_are_drawn(settings: Settings, tmp_path: Path) -> None:
+    small(settings)
+    written = await shoot(settings, tmp_path / "pictures")
+    assert [file.stem for file in written] == list(SHOTS)
+    for file, word in zip(written, ("research", "retrieve", "Send", "baseline", "tokens/s"), strict=True):
+        assert word in file.read_text(encoding="utf-8"), file
