@@ -19,6 +19,7 @@ QUESTIONS = (
     "Which Kafka topic receives the traces?",
 )
 """Two whose answers are in the documentation, and one whose answer is not."""
+METRICS = ("citations_support", "faithfulness", "hallucination", "latency_ms", "tokens")
 
 
 def register(app: typer.Typer) -> None:
@@ -30,6 +31,7 @@ def demo(
 ) -> None:
     """Ask three questions about the documentation. Prepares the model, reads the pages, and shows how an answer came about."""
     from agentops.cli.documents import ingest
+    from agentops.cli.evaluate import evaluate
     from agentops.cli.models import prepare
     from agentops.cli.progress import stages
     from agentops.cli.record import show
@@ -57,6 +59,9 @@ def demo(
     _head(f"{len(QUESTIONS) + 4}. The same run again, with no model")
     sys.stderr.flush()
     replay(runs[0].run_id)
+    _head(f"{len(QUESTIONS) + 5}. The three answers, scored")
+    sys.stderr.flush()
+    evaluate([run.run_id for run in runs], metrics=list(METRICS), quiet=True)
     _head("Where to go next")
     where = " --retriever elasticsearch" if retriever == "elasticsearch" else ""
     print(
@@ -65,7 +70,9 @@ def demo(
   agentops run assistant "What is 17 * 23?"            use tools; agentops graphs lists the others
   agentops ingest PATH -c mine                         read documents of your own
   agentops runs; agentops show last --messages         what is on record
+  agentops tui                                         the screens: runs, traces, experiments
   agentops replay last                                 a run again, with no model
+  agentops eval last                                   a run scored
   agentops doctor                                      what this machine has"""
     )
     print(f"\n{time.monotonic() - started:.0f} s in all", file=sys.stderr)

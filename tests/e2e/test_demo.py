@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,5 +25,8 @@ def test_the_demo_answers_two_questions_and_declines_one(
     assert "record.md" in answers
     assert "I do not know" in answers
     assert "balanced" in answers
+    assert "the same state after each" in answers
+    assert "0 calls of a model" in answers
+    assert re.search(r"faithfulness +\S+", answers)
     for node in ("rewrite", "retrieve", "write", "critic", "finish"):
         assert f"─ {node}" in answers
