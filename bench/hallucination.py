@@ -223,7 +223,7 @@ async def run(pairs: list[Pair], equal: list[Pair], cache: Path, write: bool) ->
         about = {
             "fitted_on": f"{int(fitted.sum())} pairs: every second of {len(pairs)} question answering pairs of HaluEval (MIT) "
             f"whose lengths are within a factor of {RATIO:g}",
-            "fitted_by": "python -m bench.hallucination --fit",
+            "fitted_by": "python bench/hallucination.py --fit",
             "model": f"{opened.info.name} {opened.info.revision}",
             "penalty": STRENGTH,
         }
@@ -259,7 +259,7 @@ def calibration(probabilities: Floats) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="the first 24 pairs only")
+    parser.add_argument("--quick", action="store_true", help="16 of the pairs and 8 of equal length only")
     parser.add_argument("--fit", action="store_true", help=f"fit the weights and write them to {WEIGHTS.name}")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "agentops-bench-hallucination")
     asked_for = parser.parse_args()
@@ -267,7 +267,7 @@ def main() -> None:
         parser.error("weights are fitted on all the pairs there are for it")
     pairs, equal = matched(Path(os.environ.get("AGENTOPS_SHARED_DATA") or ROOT.parent / "shared" / "data"))
     if asked_for.quick:
-        pairs, equal = pairs[:24], equal[:12]
+        pairs, equal = pairs[:16], equal[:8]
     found = asyncio.run(run(pairs, equal, asked_for.cache, asked_for.fit))
     heads = (
         f"held-out half, {found['reported']} pairs",

@@ -208,7 +208,7 @@ def write_weights(model: LogisticRegression, embedder: EncoderEmbedder, fitted_o
         "bias": repr(round(float(model.intercept_[0]), 5)),
         "embedder": embedder.revision,
         "fitted_on": f"{fitted_on}: surge-ai/toxicity, HaluEval (MIT)",
-        "fitted_by": "python -m bench.toxicity --fit",
+        "fitted_by": "python bench/toxicity.py --fit",
     }
     parts = {"ngrams": weights[:split].astype(np.float16), "vector": weights[split:].astype(np.float32)}
     save_file(parts, WEIGHTS, metadata=about)

@@ -67,7 +67,7 @@ class Evidence:
 @dataclass(frozen=True, slots=True)
 class Weights:
     """The fitted model: the log-odds that a claim is hallucinated are `bias` plus each measure's z-score, at most 3 from 0,
-    times its weight. `identity` is a hash of all of it."""
+    times its weight. `identity` is a hash of the numbers."""
 
     bias: float
     means: tuple[float, ...]
@@ -85,11 +85,11 @@ class Weights:
 @cache
 def load_weights() -> Weights:
     """The committed ones, from the file beside this module, which also says how they were fitted."""
-    text = WEIGHTS.read_text(encoding="utf-8")
-    data = json.loads(text)
+    data = json.loads(WEIGHTS.read_text(encoding="utf-8"))
     parts = [data["measures"][name] for name in MEASURES]
     means, scales, weights = (tuple(float(part[key]) for part in parts) for key in ("mean", "scale", "weight"))
-    return Weights(float(data["bias"]), means, scales, weights, content_hash(text)[3:11])
+    bias = float(data["bias"])
+    return Weights(bias, means, scales, weights, content_hash(repr((bias, means, scales, weights)))[3:11])
 
 
 class Hallucination:
