@@ -28,7 +28,7 @@ from agentops.errors import (
 )
 from agentops.records import ExperimentStatus, RunResult, RunStarted, RunStatus, Score, content_hash
 from agentops.store import CaseRow, ExperimentRow, Store, open_store
-from agentops.tracer import Tracer, catch_up
+from agentops.tracer import Tracer
 from evals.datasets import Case, Dataset, written
 from evals.metrics import Metric
 from evals.metrics.registry import ENTRIES
@@ -118,7 +118,7 @@ async def carry_out(
         RecordError: the experiment, or its dataset, is not on record.  JournalFull
     """
     settings = runtime.settings
-    await asyncio.to_thread(catch_up, settings)
+    await asyncio.to_thread(_up_to_date, tracer)
     with open_store(settings) as store:
         row = store.experiment(experiment_id)
         rows = {one.case_id: one for one in store.cases(row.id)}
@@ -175,12 +175,23 @@ async def score_runs(
     Raises:
         RunNotFound, RecordError, JournalFull
     """
-    await asyncio.to_thread(catch_up, runtime.settings)
+    await asyncio.to_thread(_up_to_date, tracer)
     with open_store(runtime.settings) as store:
         runs = {run.id: run for run in map(store.run, run_ids)}
         work = _Work(runtime, tracer, store, None, None, metrics, timeout_s, None, len(runs), told)
         await _side_by_side(concurrency, [work.recorded(run_id) for run_id in runs])
         return await work.tally(list(runs))
+
+
+def _up_to_date(tracer: Tracer) -> None:
+    """Waits until what happened is in the store. A run that is read before it has ended there would be scored as if it had said
+    nothing.
+
+    Raises:
+        RecordError: the store takes nothing.
+    """
+    if not tracer.flush():
+        raise RecordError("the store is locked by another process", hint="go on later with: agentops eval --resume last")
 
 
 async def _side_by_side(limit: int, jobs: Sequence[Any]) -> None:
@@ -365,7 +376,7 @@ class _Work:
 
     async def _catch_up(self) -> None:
         async with self._draining:
-            await asyncio.to_thread(catch_up, self._runtime.settings)
+            await asyncio.to_thread(_up_to_date, self._tracer)
 
     # -- counting
 

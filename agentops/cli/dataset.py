@@ -50,7 +50,7 @@ def check(
 
 
 def from_runs(
-    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Recorded runs: ids, or last.")] = None,
+    runs: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="Recorded runs: ids, or last.")] = None,
     thread: Annotated[str | None, typer.Option("--thread", "-t", help="All runs of this thread.")] = None,
     since: Annotated[str | None, typer.Option(help="Runs recorded since: 30m, 1h, 7d, or 2026-11-01.")] = None,
     graph: Annotated[str | None, typer.Option("--graph", "-g", help="Only runs of this graph.")] = None,

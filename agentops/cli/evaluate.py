@@ -51,7 +51,7 @@ def _experiment_names(incomplete: str) -> list[str]:
 
 
 def evaluate(
-    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Recorded runs to score: ids, or last.")] = None,
+    runs: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="Recorded runs to score: ids, or last.")] = None,
     thread: Annotated[str | None, typer.Option("--thread", "-t", help="Score the recorded runs of this thread.")] = None,
     since: Annotated[str | None, typer.Option(help="Score runs recorded since: 30m, 1h, 7d, or 2026-11-01.")] = None,
     dataset: Annotated[
