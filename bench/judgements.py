@@ -3,7 +3,7 @@
 The cases are answers of HaluEval's question answering (right and hallucinated ones whose lengths are within a factor of two,
 with their knowledge and another question's as contexts), conversations made from them, and answers that are hard to judge:
 empty, evasive, in other scripts, long, or telling the judge what to say. Every judged metric scores every case with the
-default model: computed from what the model finds likely, and, every second case, asked, held to the schema of its answer
+default model: computed from what the model finds likely, and, every fourth case, asked, held to the schema of its answer
 while it writes. The peer is the same model asked by ragas' prompts with their examples and held to nothing, on a few cases.
 Counted are answers that did not fit, judgements that were lost to them, and scores against samples.
 How good the verdict behind the metrics is ("is this claim carried by that text?") is told by HaluEval's labels and by 64
@@ -39,7 +39,8 @@ from evals.samples import Context, Reference, Sample
 from evals.verdicts import FLOOR, Support, claims, supports
 
 ROOT = Path(__file__).resolve().parents[1]
-TOKENS = 160
+TOKENS, FREE_TOKENS = 320, 160
+"""Length of an answer: held to its schema, and held to nothing, where it rambles."""
 TOGETHER = 8
 """Cases under way at once; the engine decodes them in one batch."""
 RUBRIC = {"1": "The answer is wrong.", "3": "The answer is right in parts.", "5": "The answer is right."}
@@ -86,7 +87,7 @@ class Counted:
         if self._held:
             text = await self._inner.answer(prompt, schema, attempt)
         else:
-            made = await generate(self._engine, Request(messages=(Message("user", prompt),), max_tokens=TOKENS))
+            made = await generate(self._engine, Request(messages=(Message("user", prompt),), max_tokens=FREE_TOKENS))
             text = made.text
         self.count.answers += 1
         try:
@@ -295,7 +296,7 @@ async def measure(settings: Settings, *, judgements: int, free: int, matched: in
         computed = await judged(some, computing, embedder, "computed")
         asking = Judge(held, how="asked", timeout_s=600)
         known = await labelled(engine, asking, matched)
-        asked = await judged(some[::2], asking, embedder, "asked")
+        asked = await judged(some[::4], asking, embedder, "asked")
         few = some[:: max(1, len(some) // max(1, free // len(names)))]
         unheld = await judged(few, Judge(loose, how="asked", timeout_s=600, retries=0), embedder, "asked freely")
     finally:
