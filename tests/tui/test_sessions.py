@@ -177,6 +177,7 @@ def inks(picture: Image.Image) -> set[tuple[int, int, int]]:
     return {colour for _, colour in picture.getcolors(1 << 24)}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 async def test_the_screens_in_a_browser(settings: Settings, environment: dict[str, str], tmp_path: Path) -> None:
     small(settings)

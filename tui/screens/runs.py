@@ -89,6 +89,7 @@ class RunsScreen(Base):
         self._keys_upto = 0
         self._whole = False
         self._asked_for: object = None
+        self._shown_for: object = None
         self.query_one("#filter").display = False
         self._table.focus()
 
@@ -129,7 +130,8 @@ class RunsScreen(Base):
             self._keys_upto, self._whole = found.last, found.whole
             table = self._table
             table.sorted_by = (sort, descending)
-            table.show(found.keys, to_first=state.follow or not again)
+            table.show(found.keys, to_first=state.follow or asked != self._shown_for)
+            self._shown_for = asked
             table.give(found.rows)
             self.terminal.counts = found.counts
             self._summarise(found)
