@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL_CACHE = Path(os.environ.get("AGENTOPS_PATHS_CACHE") or platformdirs.user_cache_dir("agentops-runtime")).absolute()
 NO_DATA = "no real data sets here: name their folder in AGENTOPS_SHARED_DATA"
 NO_ELASTICSEARCH = "no Elasticsearch can be started here"
+NO_PROGRAMS = (("no chromium here", "a browser"), ("no tmux here", "tmux"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for wanted, what in ((NO_DATA, "real data"), (NO_ELASTICSEARCH, "an Elasticsearch server")):
+    for wanted, what in ((NO_DATA, "real data"), (NO_ELASTICSEARCH, "an Elasticsearch server"), *NO_PROGRAMS):
         skipped = [report for report in terminalreporter.stats.get("skipped", []) if wanted in str(report.longrepr)]
         if skipped:
             terminalreporter.section(f"tests that did not run for want of {what}")
