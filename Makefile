@@ -12,7 +12,7 @@ SHELL := /bin/sh
 .SHELLFLAGS := -euc
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup elasticsearch elasticsearch-stop demo test test-long lint check bench pictures wheel constraints clean
+.PHONY: help setup elasticsearch elasticsearch-stop demo test test-long lint check bench pictures shots wheel constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +74,9 @@ pictures: setup ## draw the graphs anew in docs/graphs.md
 	@for file in graphs/[a-z]*.py; do
 		$(BIN)/agentops graph draw "$$(basename "$$file" .py)" --output docs/graphs.md
 	done
+
+shots: setup ## draw the screens with what is on record (run the demo first)
+	@$(BIN)/python -m tui.shots docs/pictures
 
 elasticsearch: setup ## start an Elasticsearch 9 on loopback (needs Java 21+ and Maven)
 	@$(BIN)/python tests/elasticsearch_server.py start $(ARGS)
