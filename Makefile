@@ -76,7 +76,7 @@ pictures: setup ## draw the graphs anew in docs/graphs.md
 	done
 
 shots: setup ## draw the screens with what is on record (run the demo first)
-	@$(BIN)/python -m tui.shots docs/pictures
+	@$(BIN)/python -m tui.shots pictures
 
 elasticsearch: setup ## start an Elasticsearch 9 on loopback (needs Java 21+ and Maven)
 	@$(BIN)/python tests/elasticsearch_server.py start $(ARGS)

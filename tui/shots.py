@@ -44,7 +44,7 @@ async def shoot(settings: Settings, folder: Path, *, size: tuple[int, int] = (12
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("docs/pictures")
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("pictures")
     for file in asyncio.run(shoot(load_settings(), folder)):
         print(file)
 
