@@ -7,17 +7,25 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-os.environ.setdefault("RAGAS_DO_NOT_TRACK", "true")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+# Imported before the hub is said to be away, so that models can be fetched afterwards in the same process.
+import huggingface_hub.constants  # noqa: F401
 from pydantic import BaseModel
-from ragas.embeddings.base import BaseRagasEmbedding
-from ragas.llms.base import InstructorBaseRagasLLM
-from ragas.messages import AIMessage, HumanMessage, ToolCall, ToolMessage
-from ragas.metrics import collections
-from ragas.prompt.metrics.base_prompt import BasePrompt
 
 from agentops.retrieval import Embedder
+
+os.environ.setdefault("RAGAS_DO_NOT_TRACK", "true")
+_said = os.environ.get("HF_HUB_OFFLINE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+try:
+    from ragas.embeddings.base import BaseRagasEmbedding
+    from ragas.llms.base import InstructorBaseRagasLLM
+    from ragas.messages import AIMessage, HumanMessage, ToolCall, ToolMessage
+    from ragas.metrics import collections
+    from ragas.prompt.metrics.base_prompt import BasePrompt
+finally:
+    del os.environ["HF_HUB_OFFLINE"]
+    if _said is not None:
+        os.environ["HF_HUB_OFFLINE"] = _said
 
 __all__ = ["AIMessage", "Embeddings", "HumanMessage", "Prompt", "Respondent", "ToolCall", "ToolMessage", "collections", "prepare"]
 

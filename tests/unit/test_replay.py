@@ -255,13 +255,11 @@ def test_a_changed_graph_is_told_where_it_diverges_first(
 
 
 def test_a_changed_prompt_is_told_with_both_versions(runtime: Runtime, settings: Settings, tmp_path: Path) -> None:
-    runtime.run("review", "how is green tea brewed?", thread="th_1")
+    run = runtime.run("review", "how is green tea brewed?", thread="th_1").run_id
     prompts = tmp_path / "prompts"
     prompts.mkdir()
     for file in (Path(__file__).resolve().parents[2] / "graphs" / "prompts").glob("*.md"):
         (prompts / file.name).write_text(file.read_text().replace("{text}", "{text} indeed"))
-    with open_store(settings) as store:
-        run = store.run("last").id
     assert again(settings, run).same
     found = again(settings, run, prompts=prompts)
     assert found.difference is not None
