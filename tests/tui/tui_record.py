@@ -118,7 +118,7 @@ def small(settings: Settings) -> None:
     seeds.run(
         "run_02B",
         status="failed",
-        graph="/work/mine.py:graph",
+        graph="/home/mine.py:graph",
         started_ns=NOW - 120 * SECOND,
         ended_ns=NOW - 118 * SECOND,
         error="NodeFailed: the node 'search' raised ValueError: no such index",
