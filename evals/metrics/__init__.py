@@ -15,6 +15,10 @@ NO_REFERENCE = "no_reference"
 """Why a sample has no score where the metric needs a reference that it does not have."""
 
 
+class Unscored(Exception):
+    """There is nothing to be scored; the message is the reason."""
+
+
 class Metric(Protocol):
     """`version` changes with what decides a score, a prompt or fitted weights among it; `low` and `high` are its bounds, and
     `better` says which end of them is good."""

@@ -20,7 +20,7 @@ from agentops import schema
 from agentops.grounding import coverage, numbers_missing
 from agentops.records import Score, ToolCall
 from agentops.text import split_sentences
-from evals.metrics import NO_REFERENCE, Metric
+from evals.metrics import NO_REFERENCE, Metric, Unscored
 from evals.samples import Sample
 
 CARRIED = 0.75
@@ -32,10 +32,6 @@ PATTERN_CHARACTERS = 1_000
 _MARK = re.compile(r"\[(\d{1,9}(?:\s?,\s?\d{1,9})*)\]")
 _MARKS_AFTER_STOP = re.compile(r"(?m)(?<!^\d)(?<!^\d\d)([.!?…])((?:\s{0,2}\[\d{1,9}(?:\s?,\s?\d{1,9})*\])+)")
 _SHOWN = 20
-
-
-class Unscored(Exception):
-    """There is nothing to be scored; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)

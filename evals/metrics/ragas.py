@@ -22,7 +22,7 @@ from agentops.errors import AgentOpsError, UsageError
 from agentops.records import Score
 from agentops.text import split_sentences
 from evals.judge import Judge, JudgeFailed, Schema
-from evals.metrics import NO_REFERENCE, Metric
+from evals.metrics import NO_REFERENCE, Metric, Unscored
 from evals.samples import Sample
 
 if TYPE_CHECKING:
@@ -38,10 +38,6 @@ _VERSION = "1"
 _TOLERANCE = 1e-6
 _BINARY = ("verdict", "attributed", "noncommittal")
 _SHOWN, _TEXT = 50, 500
-
-
-class Unscored(Exception):
-    """There is nothing to be scored; the message is the reason."""
 
 
 class Settled(Exception):
