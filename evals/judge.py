@@ -14,10 +14,9 @@ import asyncio
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
-from urllib.parse import urlsplit
 
+from agentops.address import check_address, check_secret
 from agentops.clock import Clock, SystemClock
 from agentops.errors import AgentOpsError, PromptTooLong, SettingsError, ToolError, UsageError
 from agentops.records import Constraint, Message, Request
@@ -285,7 +284,12 @@ def open_judge(settings: Settings, engine: Engine | None = None, embedder: Embed
     how: How = wanted.how if wanted.how != "auto" else "asked" if large else "computed"
     respondent: Respondent
     if wanted.url:
-        _check_address(settings)
+        check_address(
+            settings, "judge.url", port=False, form="http://HOST:PORT/v1 or https://HOST/v1", secrets="the key as judge.api_key"
+        )
+        if not wanted.model:
+            raise SettingsError("judge.url names a server and judge.model no model of it", hint="give its name as judge.model")
+        check_secret(settings, "judge.api_key", "judge.url")
     elif wanted.model:
         raise SettingsError(
             f"{settings.source('judge.model')}: judge.model names a model of a server, and judge.url names none",
@@ -310,31 +314,3 @@ def _read(text: str, schema: Schema) -> tuple[Any, str]:
     except (ValueError, RecursionError):
         return None, "it is empty" if not text.strip() else "it is no JSON"
     return value, violation(schema, value)
-
-
-def _check_address(settings: Settings) -> None:
-    url, source = settings.judge.url, settings.source("judge.url")
-    hint = "write it as http://HOST:PORT/v1 or https://HOST/v1"
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:
-        raise SettingsError(f"{source}: judge.url is no address", hint=hint) from None
-    if parts.username is not None or parts.password is not None:
-        raise SettingsError(f"{source}: judge.url holds a name or a password", hint="give the key as judge.api_key")
-    if parts.scheme not in ("http", "https") or not parts.hostname or not url.isprintable() or " " in url:
-        raise SettingsError(f"{source}: judge.url cannot be {url!r}", hint=hint)
-    if not settings.judge.model:
-        raise SettingsError("judge.url names a server and judge.model no model of it", hint="give its name as judge.model")
-    given = _place(settings.source("judge.api_key"))
-    if settings.judge.api_key and _place(source) not in ("own", given):
-        raise SettingsError(
-            f"judge.api_key ({settings.source('judge.api_key')}) is not sent to {url}, which {source} names",
-            hint="give the address where the key is given, or the key where the address is",
-        )
-
-
-def _place(source: str) -> str:
-    if source.startswith(("$", "--")):
-        return "command"
-    return "folder" if Path(source).name == "agentops.toml" else "own"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from agentops.address import check_address, check_secret
 from agentops.clock import Clock, SystemClock
 from agentops.errors import RetrievalError, RetrieverUnavailable, SettingsError
 from agentops.settings import Settings
@@ -280,19 +281,20 @@ def open_cluster(settings: Settings, clock: Clock | None = None) -> Cluster:
         SettingsError: address or prefix cannot be right, or a password would go to an address from elsewhere.
     """
     wanted = settings.elasticsearch
-    check_address(wanted.url, settings.source("elasticsearch.url"))
+    check_address(
+        settings,
+        "elasticsearch.url",
+        port=True,
+        form="http://HOST:PORT or https://HOST:PORT",
+        secrets="elasticsearch.user and elasticsearch.password",
+    )
     if not _PREFIX.fullmatch(wanted.prefix):
         raise SettingsError(
             f"elasticsearch.prefix cannot be {wanted.prefix!r}",
             hint="small letters, digits and _ . - after the first; 100 at most",
         )
-    secrets = [key for key in ("elasticsearch.api_key", "elasticsearch.password") if settings.get(key)]
-    for key in secrets:
-        if not may_send(settings, key):
-            raise SettingsError(
-                f"{key} ({settings.source(key)}) is not sent to {wanted.url}, which {settings.source('elasticsearch.url')} names",
-                hint="give the address where the password or key is given, or these where the address is",
-            )
+    for secret in ("elasticsearch.api_key", "elasticsearch.password"):
+        check_secret(settings, secret, "elasticsearch.url")
     basic = (wanted.user, wanted.password) if wanted.user and wanted.password and not wanted.api_key else None
     return Cluster(
         wanted.url,
@@ -304,45 +306,10 @@ def open_cluster(settings: Settings, clock: Clock | None = None) -> Cluster:
     )
 
 
-def may_send(settings: Settings, key: str) -> bool:
-    """Whether the secret `key` may go to the address: an address that overrides the user's own configuration gets only secrets
-    that were given in the same place. Places are the user's own configuration (with the built-in defaults), the current
-    folder's `agentops.toml`, and the command with its environment."""
-    address = _place(settings.source("elasticsearch.url"))
-    return address == "own" or address == _place(settings.source(key))
-
-
 def readable_by_others(url: str) -> bool:
     """Whether what is sent to this address leaves the machine unencrypted."""
     parts = urlsplit(url)
     return parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "::1", "localhost")
-
-
-def check_address(url: str, source: str) -> None:
-    """
-    Raises:
-        SettingsError: no http address with a port, or it holds a name or a password.
-    """
-    hint = "write it as http://HOST:PORT or https://HOST:PORT"
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise SettingsError(f"{source}: elasticsearch.url is no address", hint=hint) from None
-    if parts.username is not None or parts.password is not None:
-        raise SettingsError(
-            f"{source}: elasticsearch.url holds a name or a password",
-            hint="give them as elasticsearch.user and elasticsearch.password, which are never shown",
-        )
-    plain = url.isprintable() and " " not in url and not parts.query and not parts.fragment
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port or not plain:
-        raise SettingsError(f"{source}: elasticsearch.url cannot be {url!r}", hint=hint)
-
-
-def _place(source: str) -> str:
-    if source.startswith(("$", "--")):
-        return "command"
-    return "folder" if Path(source).name == "agentops.toml" else "own"
 
 
 def _reason(body: Any) -> tuple[str, set[str]]:

@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
+from agentops.address import may_send
 from agentops.errors import RetrievalError, RetrieverUnavailable, SettingsError
 from agentops.parts import open_index
 from agentops.records import Document, Query, Retrieval, content_hash
 from agentops.retrieval import LenientRetriever
-from agentops.retrieval.cluster import Cluster, check_address, may_send, open_cluster, readable_by_others
+from agentops.retrieval.cluster import Cluster, open_cluster, readable_by_others
 from agentops.retrieval.elastic import ElasticIndex
 from agentops.retrieval.embed import HashEmbedder
 from agentops.settings import Settings, load_settings
@@ -374,7 +375,7 @@ def test_a_secret_goes_only_where_its_owner_sent_it(
     if address:
         places.setdefault(address, {})["url"] = "http://elsewhere.example:9200"
     settings = told(tmp_path, **places)
-    assert may_send(settings, f"elasticsearch.{key}") is sent
+    assert may_send(settings, f"elasticsearch.{key}", "elasticsearch.url") is sent
     if sent:
         open_cluster(settings)
         return
@@ -402,13 +403,13 @@ def test_a_secret_goes_only_where_its_owner_sent_it(
 )
 def test_an_address_that_cannot_be_right(url: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        check_address(url, "--es-url")
+        open_cluster(load_settings({"elasticsearch.url": url}, environment={}))
     assert SECRET not in f"{caught.value}{caught.value.hint}"
 
 
 def test_addresses_that_can() -> None:
     for url in ("http://127.0.0.1:9200", "https://es.example:443/behind/a/proxy", "http://[::1]:9200"):
-        check_address(url, "--es-url")
+        open_cluster(load_settings({"elasticsearch.url": url}, environment={}))
     assert readable_by_others("http://es.example:9200")
     assert not readable_by_others("http://127.0.0.1:9200")
     assert not readable_by_others("https://es.example:9200")

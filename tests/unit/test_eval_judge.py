@@ -269,6 +269,7 @@ def test_a_small_model_is_not_asked_unless_the_settings_say_so(
         ({"url": "http://me:secret@127.0.0.1:1/v1", "model": "big"}, "holds a name or a password"),
         ({"url": "ftp://127.0.0.1/v1", "model": "big"}, "cannot be"),
         ({"url": "http://127.0.0.1:99999/v1", "model": "big"}, "is no address"),
+        ({"url": "http://127.0.0.1:1/v1?key=secret", "model": "big"}, "goes on behind the path"),
     ],
 )
 def test_an_address_that_cannot_be_right_is_told(settings: dict[str, Any], said: str) -> None:
