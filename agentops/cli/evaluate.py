@@ -173,7 +173,7 @@ class _Work:
         from agentops.sync import run_sync
         from evals.experiment import score_runs
         from evals.metrics.registry import make_metrics
-        from evals.report import report_of_runs
+        from evals.report import report_of
 
         with _record() as store:
             found = [store.run(one) for one in ids]
@@ -204,7 +204,7 @@ class _Work:
                 ) from None
         self._say(tally)
         with _record() as store:
-            return report_of_runs(store, list(over), **_behind(store))
+            return report_of(store, runs=list(over), **_behind(store))
 
     def experiment(self, file: Path, graph: str, name: str | None, prompts: Sequence[str], collection: str | None) -> Report:
         """Runs and scores a dataset."""
@@ -356,7 +356,7 @@ def _report_of(experiment_id: str) -> Report:
     from evals.report import report_of
 
     with _record() as store:
-        return report_of(store, experiment_id, **_behind(store))
+        return report_of(store, experiment=experiment_id, **_behind(store))
 
 
 def _behind(store: Store) -> dict[str, Any]:

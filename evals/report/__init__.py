@@ -1,13 +1,13 @@
 """Reports: what an evaluation found, for people and for other programs.
 
-`report_of`, `report_of_runs` and `compare` read the record; `to_terminal`, `to_json`, `to_markdown` and `to_html` show the same
-report; `parse_bars` and `failures` give a build its verdict. Importing it loads neither numpy nor rich.
+`report_of` and `compare` read the record; `to_terminal`, `to_json`, `to_markdown` and `to_html` show the same report;
+`parse_bars` and `failures` give a build its verdict. Importing it loads neither numpy nor rich.
 """
 
 from __future__ import annotations
 
 from evals.report.bars import Bar, failures, parse_bars
-from evals.report.build import compare, report_of, report_of_runs
+from evals.report.build import compare, report_of
 from evals.report.markdown import to_markdown
 from evals.report.model import Arm, Case, Comparison, MetricDifference, MetricResult, PersonScore, Report, Scale
 from evals.report.page import to_html
@@ -28,7 +28,6 @@ __all__ = [
     "failures",
     "parse_bars",
     "report_of",
-    "report_of_runs",
     "to_html",
     "to_json",
     "to_markdown",

@@ -54,8 +54,9 @@ LEAST_CALIBRATED = 10
 
 def report_of(
     store: Store,
-    experiment: str,
     *,
+    experiment: str | None = None,
+    runs: Sequence[str] | None = None,
     scales: Mapping[str, Scale] | None = None,
     sample: SampleOf | None = None,
     trace: TraceOf | None = None,
@@ -63,44 +64,29 @@ def report_of(
     level: float = 0.95,
     seed: int = 0,
 ) -> Report:
-    """The report of an experiment, which is named as for `Store.experiment`. Every case counts for every metric: one that has not
-    run, or has failed, is unscored with that as its reason.
+    """The report of an experiment, which is named as for `Store.experiment`, or of runs as they are on record.
 
-    `scales` says of metrics, by name, what their bounds are and which end is good; for those not in it more is better. The
-    `worst` cases of each metric get their trace.
+    Every case of an experiment counts for every metric: one that has not run, or has failed, is unscored with that as its
+    reason. Of runs each is a case, and the latest score of each metric counts. `scales` says of metrics, by name, what their
+    bounds are and which end is good; for those not in it more is better. The `worst` cases of each metric get their trace.
 
     Raises:
         RecordError: there is no such experiment.
-    """
-    row = store.experiment(experiment)
-    reader = _Reader(store, dict(scales or {}), sample, level, seed)
-    arm, notes = reader.experiment(row)
-    report = Report(f"Experiment {row.name or row.id}", (arm,), notes=notes, level=level, seed=seed)
-    return _opened(report, trace, worst)
-
-
-def report_of_runs(
-    store: Store,
-    run_ids: Sequence[str],
-    *,
-    scales: Mapping[str, Scale] | None = None,
-    sample: SampleOf | None = None,
-    trace: TraceOf | None = None,
-    worst: int = 5,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Report:
-    """As `report_of`, of runs as they are on record: each is a case, and the latest score of each metric counts.
-
-    Raises:
         RunNotFound: a run is not on record.
-        UsageError: there are none.
+        UsageError: there are no runs.
     """
-    if not run_ids:
-        raise UsageError("there are no runs to report on", hint="list them with: agentops runs")
+    if (experiment is None) == (runs is None):
+        raise TypeError("a report is of an experiment or of runs")
     reader = _Reader(store, dict(scales or {}), sample, level, seed)
-    arm, notes = reader.runs(run_ids)
-    title = f"Run {arm.cases[0].id}" if len(arm.cases) == 1 else f"{len(arm.cases)} recorded runs"
+    if experiment is not None:
+        row = store.experiment(experiment)
+        arm, notes = reader.experiment(row)
+        title = f"Experiment {row.name or row.id}"
+    else:
+        if not runs:
+            raise UsageError("there are no runs to report on", hint="list them with: agentops runs")
+        arm, notes = reader.runs(runs)
+        title = f"Run {arm.cases[0].id}" if len(arm.cases) == 1 else f"{len(arm.cases)} recorded runs"
     return _opened(Report(title, (arm,), notes=notes, level=level, seed=seed), trace, worst)
 
 

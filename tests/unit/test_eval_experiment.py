@@ -130,7 +130,7 @@ def test_every_case_is_run_kept_and_scored(settings: Settings) -> None:
         assert [store.payload(store.run(one.run_id or "").output_hash or "")["answer"] for one in found] == ["ONE", "TWO"]
         by_case = {(one.case_id, one.score.name): one.score.value for one in store.scores(experiment=key)}
         assert by_case == {("a", "length"): 0.03, ("b", "length"): 0.03, ("a", "expected"): 1.0, ("b", "expected"): 0.0}
-        arm = report_of(store, key, sample=Samples(store)).arms[0]
+        arm = report_of(store, experiment=key, sample=Samples(store)).arms[0]
         assert [(case.question, case.answer, case.reference) for case in arm.cases] == [
             ("one", "ONE", "ONE"),
             ("two", "TWO", "x"),

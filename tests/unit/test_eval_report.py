@@ -34,7 +34,6 @@ from evals.report import (
     failures,
     parse_bars,
     report_of,
-    report_of_runs,
     to_html,
     to_json,
     to_markdown,
@@ -137,7 +136,7 @@ def test_a_report_tells_every_number_with_its_interval_and_every_case_without_a_
     record.case("exp_1", "c4", {}, status="failed", place=4)
     record.tracer.case(experiment_id="exp_1", case_id="c5", place=5, status="queued")
     with read(record, settings) as store:
-        report = report_of(store, "first", scales=SCALES, sample=sample, trace=trace)
+        report = report_of(store, experiment="first", scales=SCALES, sample=sample, trace=trace)
     (arm,) = report.arms
     faithfulness, recall = arm.metrics
     assert faithfulness.interval == estimate([1.0, 0.5, 0.75])
@@ -165,7 +164,7 @@ def test_cases_of_one_thread_count_as_one(record: Record, settings: Settings) ->
         score = {"faithfulness": 0.1 + 0.2 * (place // 3) + 0.01 * place}
         record.case("exp_1", f"c{place}", score, thread=f"th_{place // 3}", place=place)
     with read(record, settings) as store:
-        report = report_of(store, "exp_1")
+        report = report_of(store, experiment="exp_1")
     interval = report.arms[0].metrics[0].interval
     assert (interval.n, interval.clusters, interval.method) == (12, 4, "bootstrap, clustered")
     alone = estimate(list(report.arms[0].metrics[0].values.values()))
@@ -181,7 +180,7 @@ def test_an_unfinished_experiment_and_a_changed_metric_are_noted(record: Record,
     record.case("exp_1", "c1", {"faithfulness": 0.5}, place=1)
     record.tracer.score(Score("faithfulness", 0.9, "model"), run_id=run_id, experiment_id="exp_1", case_id="c0", author="v2")
     with read(record, settings) as store:
-        report = report_of(store, "exp_1")
+        report = report_of(store, experiment="exp_1")
     assert report.arms[0].metrics[0].values == {"c0": 0.9, "c1": 0.5}, "the latest score counts"
     for part, note in zip(("is failed", "3 of 5 cases", "2 versions"), report.notes, strict=True):
         assert part in note
@@ -193,7 +192,7 @@ def test_a_metric_that_was_asked_for_and_never_scored_is_in_the_report(record: R
     record.experiment("exp_1", "first", 1, settings={"metrics": ["exact", "recall"]})
     record.case("exp_1", "c0", {"recall": 1.0}, status="failed")
     with read(record, settings) as store:
-        report = report_of(store, "exp_1")
+        report = report_of(store, experiment="exp_1")
     assert [(one.name, one.scored, dict(one.unscored)) for one in report.arms[0].metrics] == [
         ("exact", 0, {"the run failed": 1}),
         ("recall", 1, {}),
@@ -206,14 +205,14 @@ def test_recorded_runs_are_reported_on_without_an_experiment(record: Record, set
         record.run(f"run_{place}", "th_1" if place < 2 else "th_2")
         record.tracer.score(Score("exact", float(place > 0), "code"), run_id=f"run_{place}")
     with read(record, settings) as store:
-        report = report_of_runs(store, ["run_0", "run_1", "run_2", "run_0"], sample=sample)
+        report = report_of(store, runs=["run_0", "run_1", "run_2", "run_0"], sample=sample)
         assert report.title == "3 recorded runs"
         assert report.arms[0].metrics[0].values == {"run_0": 0.0, "run_1": 1.0, "run_2": 1.0}
         assert report.arms[0].metrics[0].interval.clusters == 2
         with pytest.raises(UsageError, match="no runs"):
-            report_of_runs(store, [])
+            report_of(store, runs=[])
         with pytest.raises(RunNotFound):
-            report_of_runs(store, ["run_9"])
+            report_of(store, runs=["run_9"])
 
 
 def test_people_and_the_judge(record: Record, settings: Settings) -> None:
@@ -227,7 +226,7 @@ def test_people_and_the_judge(record: Record, settings: Settings) -> None:
             record.tracer.score(Score("faithfulness", good if place else 1.0, "human"), run_id=run_id, author="ben")
         record.tracer.score(Score("thumbs", good, "human"), run_id=run_id, author="ann")
     with read(record, settings) as store:
-        report = report_of(store, "exp_1", scales=SCALES)
+        report = report_of(store, experiment="exp_1", scales=SCALES)
     (arm,) = report.arms
     assert [one.name for one in arm.metrics] == ["faithfulness"], "what people said is no metric's score"
     agreed, thumbs = arm.people
@@ -366,7 +365,7 @@ def test_the_json_is_json(record: Record, settings: Settings) -> None:
 def test_nothing_scored_is_said_in_every_form(record: Record, settings: Settings) -> None:
     record.experiment("exp_1", "empty", 0)
     with read(record, settings) as store:
-        report = report_of(store, "exp_1", trace=trace)
+        report = report_of(store, experiment="exp_1", trace=trace)
     for text in (shown(report), to_markdown(report), to_html(report)):
         assert "o metric has scored anything yet" in text
 
@@ -474,7 +473,7 @@ def test_a_long_report_still_fits_into_a_comment(record: Record, settings: Setti
     for place in range(20):
         record.case("exp_1", f"c{place}", {f"{'m' * 100}{number}": 0.5 for number in range(20)}, place=place)
     with read(record, settings) as store:
-        report = report_of(store, "exp_1", sample=lambda row: Sample("long " * 100, "a"))
+        report = report_of(store, experiment="exp_1", sample=lambda row: Sample("long " * 100, "a"))
     text = to_markdown(report, worst=20)
     assert len(text) <= 60_100
     assert text.endswith("The rest did not fit into a comment.\n")
@@ -486,7 +485,7 @@ def test_ten_megabytes_in_a_cell_do_not_reach_the_page(record: Record, settings:
     with read(record, settings) as store:
         report = report_of(
             store,
-            "exp_1",
+            experiment="exp_1",
             sample=lambda row: Sample("q" * 10_000_000, "a" * 10_000_000),
             trace=lambda _: ["t" * 100_000] * 10_000,
         )
