@@ -10,6 +10,7 @@ This module knows nothing of runs, spans or models.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import fcntl
@@ -22,12 +23,12 @@ import typing
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import aiosqlite
 import ormsgpack
 from langchain_core.runnables import RunnableConfig
-from langgraph.checkpoint.base import ChannelVersions, Checkpoint, CheckpointMetadata
+from langgraph.checkpoint.base import BaseCheckpointSaver, ChannelVersions, Checkpoint, CheckpointMetadata
 from langgraph.checkpoint.serde import jsonplus
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from pydantic import BaseModel
@@ -35,6 +36,7 @@ from pydantic import BaseModel
 from agentops.errors import RecordError, StoreBroken, ThreadBusy, UsageError
 from agentops.settings import Settings
 
+S = TypeVar("S", bound=BaseCheckpointSaver[Any])
 _THREAD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PRIVATE = ("__", "branch:")
 """How channels begin that LangGraph has made for itself."""
@@ -103,8 +105,7 @@ async def open_checkpointer(
     file = checkpoint_folder(settings) / f"{check_thread_id(thread_id)}.db"
     _make_private(file)
     async with aiosqlite.connect(file) as connection:
-        saver = _Saver(connection, serde=_Serializer(types))
-        saver.told = told
+        saver = AsyncSqliteSaver(connection, serde=_Serializer(types))
         try:
             await saver.setup()
             await connection.execute("PRAGMA synchronous=FULL")
@@ -115,24 +116,25 @@ async def open_checkpointer(
                 f"the checkpoints of thread {thread_id} cannot be read: {error}",
                 hint=f"move {file} away; the thread then starts anew",
             ) from error
-        yield saver
+        yield telling(saver, told) if told else saver
 
 
-class _Saver(AsyncSqliteSaver):
-    """Tells what it saves."""
-
-    told: Told | None = None
+def telling(saver: S, told: Told) -> S:
+    """The same saver, over the same checkpoints, which calls `told` with every state that it saves."""
+    twin: Any = copy.copy(saver)
 
     async def aput(
-        self, config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata, new_versions: ChannelVersions
+        config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata, new_versions: ChannelVersions
     ) -> RunnableConfig:
-        saved = await super().aput(config, checkpoint, metadata, new_versions)
-        if self.told is not None:
-            namespace = str(config.get("configurable", {}).get("checkpoint_ns", ""))
-            graph = "/".join(level.partition(":")[0] for level in namespace.split("|") if level)
-            values = {key: value for key, value in checkpoint["channel_values"].items() if not key.startswith(_PRIVATE)}
-            self.told(graph, metadata.get("step", 0), metadata.get("source", "loop"), values)
+        saved = await saver.aput(config, checkpoint, metadata, new_versions)
+        namespace = str(config.get("configurable", {}).get("checkpoint_ns", ""))
+        graph = "/".join(level.partition(":")[0] for level in namespace.split("|") if level)
+        values = {key: value for key, value in checkpoint["channel_values"].items() if not key.startswith(_PRIVATE)}
+        told(graph, metadata.get("step", 0), metadata.get("source", "loop"), values)
         return saved
+
+    twin.aput = aput
+    return cast(S, twin)
 
 
 def _make_private(file: Path) -> None:

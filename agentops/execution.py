@@ -20,7 +20,7 @@ from langgraph.errors import GraphRecursionError
 from langgraph.types import Command, StateSnapshot
 
 from agentops import people
-from agentops.checkpoint import Told, open_checkpointer
+from agentops.checkpoint import Told, open_checkpointer, telling
 from agentops.clock import Clock
 from agentops.errors import AgentOpsError, BudgetSpent, JournalFull, NodeFailed, RecordError
 from agentops.graph import Context, LoadedGraph
@@ -89,7 +89,9 @@ async def execute(
     try:
         async with _equipped(context, trace) as equipped:
             model = {"engine": asdict(equipped.engine.info)} if equipped is not None else {}
-            trace.describe(budget=asdict(meter.budget), **model)
+            instead = {name: prompt.template for name, prompt in graph.prompts.instead.items()}
+            prompts = {"prompts": trace.keep(instead)} if instead else {}
+            trace.describe(budget=asdict(meter.budget), **model, **prompts)
             await _invoke(graph, input, trace, settings, equipped, at, meter, reached)
     except asyncio.CancelledError as error:
         trace.end("cancelled", error=error)
@@ -247,9 +249,12 @@ def _tasks(state: StateSnapshot) -> dict[str, set[str]]:
 
 @asynccontextmanager
 async def _checkpointed(graph: LoadedGraph, settings: Settings, thread_id: str, told: Told | None = None) -> AsyncIterator[Any]:
-    """The compiled graph with a checkpointer: its own, or ours for the thread, which tells what it saves."""
-    if graph.compiled.checkpointer:
-        yield graph.compiled
+    """The compiled graph with a checkpointer, its own or ours for the thread, which tells what it saves."""
+    if own := graph.compiled.checkpointer:
+        if told is None or own is True:
+            yield graph.compiled
+        else:
+            yield graph.compiled.copy({"checkpointer": telling(own, told)})
         return
     async with open_checkpointer(settings, thread_id, graph.state_types, told) as saver:
         yield graph.compiled.copy({"checkpointer": saver})

@@ -88,7 +88,9 @@ class PromptLibrary:
 
     def __init__(self, folder: Path | None, instead: Mapping[str, Prompt] | None = None) -> None:
         self._folder = folder
-        self._read: dict[str, Prompt] = dict(instead or {})
+        self.instead: Mapping[str, Prompt] = instead or {}
+        """Those that stand in the place of the folder's."""
+        self._read: dict[str, Prompt] = dict(self.instead)
 
     def replaced(self, prompts: Iterable[Prompt]) -> PromptLibrary:
         """The same library with these in the place of those of their names.

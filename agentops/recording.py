@@ -171,7 +171,8 @@ def _endless(span: SpanRow) -> bool:
 
 
 def _raised(span: SpanRow) -> BaseException:
-    """What a recorded call raised, as an exception of the same class where that is loaded, with the same words."""
+    """What a recorded call raised, as an exception of the same class where that is loaded, with the same words, and with the
+    same fields where it is one of ours."""
     kind, told = str(span.attributes.get("error_type", "")), str(span.error or "")
     module, _, name = kind.rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
@@ -181,7 +182,7 @@ def _raised(span: SpanRow) -> BaseException:
     made: BaseException = found.__new__(found)
     Exception.__init__(made, text)
     if isinstance(made, AgentOpsError):
-        made.hint = ""
+        vars(made).update({"hint": "", **(span.attributes.get("error_fields") or {})})
     return made
 
 
@@ -318,6 +319,15 @@ class ReplayedEffects(Effects):
         if span.status != "ok":
             raise _raised(span)
         return ToolResult(call, "ok", self._recording.content(span.output_hash))
+
+    def foreign(self, kind: str, name: str) -> None:
+        where = _here()[1] or "the graph"
+        raise self._recording.told(
+            RecordError(
+                f"{where} calls a {kind} of its own, {name}; it was not called, and nothing on record stands for it",
+                hint="let nodes ask what their context gives (engine, search, tools in a Toolbox), and record the run again",
+            )
+        )
 
     def server_tools(self) -> Sequence[BaseTool] | None:
         if (key := self._recording.root.attributes.get("server_tools")) is None:

@@ -138,8 +138,8 @@ class _Again:
         graph: Any,
         prompts: Path | None,
     ) -> None:
-        from agentops.graph import adopt_graph, load_graph
-        from agentops.prompts import PromptLibrary
+        from agentops.graph import LoadedGraph, adopt_graph, load_graph
+        from agentops.prompts import Prompt, PromptLibrary
 
         self._store = store
         self._row = row
@@ -152,10 +152,23 @@ class _Again:
             )
         if graph is None:
             loaded = load_graph(row.graph, recorded=True)
+        elif isinstance(graph, str):
+            loaded = load_graph(graph)
         else:
-            loaded = load_graph(graph) if isinstance(graph, str) else adopt_graph(graph, row.graph.removeprefix("python:"))
-            loaded = replace(loaded, reference=row.graph)
-        self._graph = replace(loaded, prompts=PromptLibrary(prompts)) if prompts else loaded
+            loaded = graph if isinstance(graph, LoadedGraph) else adopt_graph(graph, row.graph.removeprefix("python:"))
+        loaded = replace(loaded, reference=row.graph)
+        if loaded.compiled.store is not None:
+            raise RecordError(
+                f"{loaded.name} was compiled with a store, and what that held is not on record",
+                hint="a graph that keeps what it must know in its state can be replayed",
+            )
+        # Its checkpoints and its cache are outside: those of the replay are thrown away.
+        self._graph = replace(loaded, compiled=loaded.compiled.copy({"checkpointer": None, "cache": None}))
+        if prompts is not None:
+            self._graph = replace(self._graph, prompts=PromptLibrary(prompts))
+        elif key := next((root.attributes["prompts"] for root in sittings if "prompts" in root.attributes), None):
+            instead = [Prompt(name, text) for name, text in store.whole(key).items()]
+            self._graph = replace(self._graph, prompts=loaded.prompts.replaced(instead))
         self._answered: Counter[str] = Counter()
         self._ended = ""
 

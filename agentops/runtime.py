@@ -482,6 +482,7 @@ class Runtime:
                 resumed=resumed,
                 meter=meter,
             )
+            trace.foreign = self._effects.foreign
             loop = asyncio.get_running_loop()
             queue: asyncio.Queue[RunEvent | None] = asyncio.Queue()
             trace.listen(lambda event: _hand_over(loop, queue, event))

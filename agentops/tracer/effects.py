@@ -39,6 +39,9 @@ class Effects:
         """Tools in place of those that servers offer; None where the servers themselves are asked."""
         return None
 
+    def foreign(self, kind: str, name: str) -> None:
+        """Called before a model, a tool or a retriever that a graph has brought itself is called."""
+
     def random(self) -> float:
         """A random number from 0 up to 1."""
         return self.value("random", random.random)

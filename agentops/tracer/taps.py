@@ -22,7 +22,7 @@ from langchain_core.outputs import LLMResult
 from langgraph.callbacks import GraphCallbackHandler, GraphInterruptEvent, GraphResumeEvent
 from langgraph.types import Send
 
-from agentops.errors import BudgetSpent, JournalFull
+from agentops.errors import BudgetSpent, RecordError
 from agentops.records import Usage
 from agentops.tracer.trace import RunTrace, Span
 
@@ -32,13 +32,14 @@ _UNNAMED = "LangGraph"
 
 
 def _safe(method: Callable[P, None]) -> Callable[P, None]:
-    """A failure of ours is counted and swallowed; a journal that cannot be written or a spent budget stops the run."""
+    """A failure of ours is counted and swallowed; a journal that cannot be written, a spent budget, or a replay that cannot go on
+    stops the run."""
 
     @wraps(method)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             method(*args, **kwargs)
-        except (JournalFull, BudgetSpent):
+        except (RecordError, BudgetSpent):
             raise
         except Exception:
             self: Any = args[0]
@@ -62,7 +63,7 @@ class Taps(GraphCallbackHandler):
     """The callback handler of one run."""
 
     run_inline = True
-    # LangChain swallows what a handler raises unless this is set; only JournalFull and BudgetSpent leave the methods below.
+    # LangChain swallows what a handler raises unless this is set; only RecordError and BudgetSpent leave the methods below.
     raise_error = True
 
     def __init__(self, run: RunTrace) -> None:
@@ -186,6 +187,7 @@ class Taps(GraphCallbackHandler):
         run.admit()
         parameters = extra.get("invocation_params") or {}
         name = data.get("ls_model_name") or parameters.get("model") or parameters.get("model_name") or parameters.get("_type")
+        run.foreign("model", str(name or "of LangChain"))
         kept = {key.removeprefix("ls_"): data[key] for key in ("ls_provider", "ls_temperature", "ls_max_tokens") if key in data}
         opened = run.open(
             "generation", "generate", parent=parent, input=asked, attributes=kept, model=str(name) if name else None
@@ -272,6 +274,7 @@ class Taps(GraphCallbackHandler):
             run.bind(run_id, parent)
             return
         name = str((serialized or {}).get("name") or kwargs.get("name") or "tool")
+        run.foreign("tool", name)
         attributes = {"tool_call_id": str(call)} if (call := kwargs.get("tool_call_id")) else None
         asked = inputs if inputs is not None else input_str
         opened = run.open("tool", name, parent=run.parent(parent_run_id), input=asked, attributes=attributes)
@@ -291,6 +294,7 @@ class Taps(GraphCallbackHandler):
     ) -> None:
         run = self.agentops_run
         name = str(kwargs.get("name") or (serialized or {}).get("name") or "retriever")
+        run.foreign("retriever", name)
         opened = run.open("retrieval", name, parent=run.parent(parent_run_id), input=query)
         run.bind(run_id, opened.id)
 

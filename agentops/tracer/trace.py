@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from agentops.errors import JournalFull
+from agentops.errors import AgentOpsError, JournalFull
 from agentops.records import (
     PromptVersion,
     RunStatus,
@@ -187,6 +187,9 @@ class RunTrace:
         self._states = 0
         self._full: JournalFull | None = None
         self._root: Span | None = None
+        self.foreign: Callable[[str, str], None] = lambda kind, name: None
+        """Called with its kind and name before a model, tool or retriever that the graph has brought itself is called; what it
+        raises stops the call."""
 
     @cached_property
     def handler(self) -> Taps:
@@ -513,6 +516,10 @@ class RunTrace:
             row["error"] = _message(error)
             if isinstance(error, BaseException):
                 closing.set(error_type=f"{type(error).__module__}.{type(error).__qualname__}")
+                if isinstance(error, AgentOpsError):
+                    # What its handler may look at beside the words.
+                    told = {name: value for name, value in vars(error).items() if isinstance(value, bool | int | float | str)}
+                    closing.set(error_fields=told)
                 closing.set(stack="".join(traceback.format_exception(error))[-_STACK_CHARACTERS:])
 
     def _conclude(self, closing: Span, output: Any) -> None:

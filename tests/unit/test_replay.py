@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import random
 import signal
@@ -13,14 +14,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import pytest
+from langchain_core.documents import Document as LangChainDocument
+from langchain_core.language_models.fake_chat_models import FakeListChatModel
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.tools import tool as langchain_tool
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, StateGraph
+from langgraph.runtime import Runtime as Node
+from langgraph.store.memory import InMemoryStore
 from tea import TEXTS
 
-from agentops import Document, Runtime, ScriptedEngine, Settings, load_settings
+from agentops import Context, Document, Runtime, ScriptedEngine, Settings, load_settings
 from agentops.errors import EngineOverloaded, RecordError, RetrievalError, UsageError
-from agentops.records import Decision, Query, RunResult, content_hash
+from agentops.graph import adopt_graph
+from agentops.prompts import Prompt, PromptLibrary
+from agentops.records import Decision, Message, Query, RunResult, ScoreRequest, content_hash
 from agentops.replay import Replayed, replay
 from agentops.retrieval.embed import HashEmbedder
 from agentops.store import open_store
@@ -413,3 +424,115 @@ def test_json_tells_all_of_it(runtime: Runtime, settings: Settings, flow: Path, 
         assert "0 changed" in capsys.readouterr().out
     finally:
         os.environ["AGENTOPS_PATHS_HOME"] = before
+
+
+calls: list[str] = []
+
+
+class State(TypedDict, total=False):
+    said: str
+    wait: float
+    count: Annotated[int, operator.add]
+
+
+class Own(FakeListChatModel):
+    def _call(self, *args: Any, **kwargs: Any) -> str:
+        calls.append("model")
+        return super()._call(*args, **kwargs)
+
+
+class Library(BaseRetriever):
+    def _get_relevant_documents(self, query: str, *, run_manager: Any) -> list[LangChainDocument]:
+        calls.append("retriever")
+        return [LangChainDocument("tea")]
+
+
+@pytest.mark.parametrize("kind", ["model", "retriever", "tool"])
+def test_what_a_graph_brings_itself_is_not_called_again(runtime: Runtime, settings: Settings, kind: str) -> None:
+    calls.clear()
+
+    @langchain_tool
+    def send(text: str) -> str:
+        """Sends a letter."""
+        calls.append("tool")
+        return "sent"
+
+    def say(state: State) -> State:
+        match kind:
+            case "model":
+                return {"said": str(Own(responses=["yes"]).invoke("hi").content)}
+            case "tool":
+                return {"said": send.invoke({"text": "hi"})}
+        try:
+            return {"said": Library().invoke("hi")[0].page_content}
+        except RecordError:
+            return {"said": "tea"}
+
+    graph = StateGraph(State).add_node("say", say).add_edge(START, "say").compile()
+    run = runtime.run(graph, {})
+    assert run.status == "done"
+    assert calls == [kind]
+    with pytest.raises(RecordError, match=f"say calls a {kind} of its own.*was not called"):
+        list(replay(settings, run=run.run_id, graph=graph))
+    assert calls == [kind]
+
+
+def test_a_graph_with_checkpoints_of_its_own_leaves_them_alone(runtime: Runtime, settings: Settings) -> None:
+    async def add(state: State, runtime: Node[Context]) -> State:
+        return {"count": 1 + int(runtime.context.random() > 2)}
+
+    keeper = InMemorySaver()
+    graph = StateGraph(State, context_schema=Context).add_node("add", add).add_edge(START, "add").compile(keeper)
+    first = runtime.run(graph, {"count": 1}, thread="t")
+    second = runtime.run(graph, {"count": 1}, thread="t")
+    assert (first.output, second.output) == ({"count": 2}, {"count": 4})
+    before = [kept.config for kept in keeper.list(None)]
+    found = list(replay(settings, thread="t", graph=graph))
+    assert [one.same for one in found] == [True, True]
+    assert all(step.recorded and step.recorded == step.replayed for one in found for step in one.supersteps)
+    assert sum(len(one.supersteps) for one in found) == len(before) == 6
+    assert [kept.config for kept in keeper.list(None)] == before
+
+
+def test_what_the_graphs_store_held_is_not_on_record_and_it_says_so(runtime: Runtime, settings: Settings) -> None:
+    graph = StateGraph(State).add_node("stay", lambda state: state).add_edge(START, "stay").compile(store=InMemoryStore())
+    run = runtime.run(graph, {"count": 1})
+    with pytest.raises(RecordError, match="compiled with a store"):
+        list(replay(settings, run=run.run_id, graph=graph))
+
+
+def test_an_error_of_ours_keeps_its_fields(runtime: Runtime, settings: Settings) -> None:
+    class Busy(ScriptedEngine):
+        async def score(self, request: Any) -> Any:
+            raise EngineOverloaded("full", retry_after_s=7.5)
+
+    async def ask(state: State, runtime: Node[Context]) -> State:
+        try:
+            await runtime.context.engine.score(ScoreRequest((Message("user", "?"),), ("a", "b")))
+        except EngineOverloaded as error:
+            return {"wait": error.retry_after_s}
+        return {}
+
+    graph = StateGraph(State, context_schema=Context).add_node("ask", ask).add_edge(START, "ask").compile()
+    with Runtime(settings, engine=Busy()) as busy:
+        run = busy.run(graph, {})
+    assert run.output["wait"] == 7.5
+    assert next(iter(replay(settings, run=run.run_id, graph=graph))).same
+
+
+def test_a_prompt_put_in_the_place_of_the_graphs_is_put_there_again(runtime: Runtime, settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "ask.md").write_text("## user\nSay {word}.", encoding="utf-8")
+
+    async def ask(state: State, runtime: Node[Context]) -> State:
+        return {"said": (await runtime.context.ask("ask", word="hello")).text}
+
+    compiled = StateGraph(State, context_schema=Context).add_node("ask", ask).add_edge(START, "ask").compile()
+    own = replace(adopt_graph(compiled, "asker"), prompts=PromptLibrary(tmp_path / "prompts"))
+    other = replace(own, prompts=own.prompts.replaced([Prompt("ask", "## user\nPlease say {word}!")]))
+    with Runtime(settings, engine=ScriptedEngine(["Hello."])) as scripted:
+        run = scripted.run(other, {})
+    assert next(iter(replay(settings, run=run.run_id, graph=own))).same
+    found = next(iter(replay(settings, run=run.run_id, graph=own, prompts=tmp_path / "prompts")))
+    assert found.difference is not None
+    assert (found.difference.one, found.difference.two) == ("Please say hello!", "Say hello.")
