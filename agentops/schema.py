@@ -1,14 +1,38 @@
-"""JSON schema: whether a value fits one, and what is wrong where it does not. References out of the schema are not followed."""
+"""JSON schema: whether a value fits one, and what is wrong where it does not. References out of the schema are not followed.
+
+Patterns are those of Rust's `regex`: matched in time linear to the text, so that no pattern hangs; in return there is no
+look-around and no back reference.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal, InvalidOperation
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 BROKEN = "the schema itself is broken"
 """What `violation` begins with where the schema is at fault and not the value."""
+
+
+class PatternInvalid(ValueError):
+    """A pattern that cannot be used, and why."""
+
+
+@lru_cache(256)
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Tells of a text whether it has a match of the pattern, anywhere where that is not anchored.
+
+    Raises:
+        PatternInvalid
+    """
+    from pydantic_core import SchemaError, SchemaValidator, core_schema
+
+    try:
+        return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex")).isinstance_python
+    except SchemaError as error:
+        why = " ".join(str(error).partition("SchemaError: ")[2].split()) or str(error)
+        raise PatternInvalid(f"the pattern cannot be used: {why}"[:500]) from error
 
 
 def violation(schema: dict[str, Any], value: Any) -> str:
@@ -18,7 +42,7 @@ def violation(schema: dict[str, Any], value: Any) -> str:
 
     try:
         worst = best_match(_validator(schema).iter_errors(value))
-    except (SchemaError, Unresolvable, RecursionError) as error:
+    except (SchemaError, Unresolvable, RecursionError, PatternInvalid) as error:
         return f"{BROKEN}: {str(error).splitlines()[0]}"
     if worst is None:
         return ""
@@ -34,7 +58,7 @@ def repeats(schema: dict[str, Any], value: Any) -> Iterator[list[Any]]:
 
     try:
         errors = [error for error in _flat(_validator(schema).iter_errors(value)) if error.validator == "uniqueItems"]
-    except (SchemaError, Unresolvable, RecursionError):
+    except (SchemaError, Unresolvable, RecursionError, PatternInvalid):
         return
     for error in errors:
         yield error.instance
@@ -71,4 +95,32 @@ def _kind() -> Any:
         if rest:
             yield ValidationError(f"{instance!r} is not a multiple of {step}")
 
-    return extend(Draft202012Validator, {"multipleOf": multiple_of})  # type: ignore[no-untyped-call]
+    def pattern(validator: Any, wanted: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
+        if isinstance(instance, str) and not matcher(wanted)(instance):
+            yield ValidationError(f"{instance!r} does not match {wanted!r}")
+
+    def pattern_properties(validator: Any, wanted: dict[str, Any], instance: Any, schema: Any) -> Iterator[ValidationError]:
+        for key, item in instance.items() if isinstance(instance, dict) else ():
+            for one, inner in wanted.items():
+                if matcher(one)(key):
+                    yield from validator.descend(item, inner, path=key, schema_path=one)
+
+    def additional_properties(validator: Any, inner: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
+        if not isinstance(instance, dict):
+            return
+        named, patterns = schema.get("properties", {}), [matcher(one) for one in schema.get("patternProperties", {})]
+        extra = [key for key in instance if key not in named and not any(matches(key) for matches in patterns)]
+        if inner is False and extra:
+            verb = "was" if len(extra) == 1 else "were"
+            yield ValidationError(f"Additional properties are not allowed ({', '.join(map(repr, extra))} {verb} unexpected)")
+        elif isinstance(inner, dict):
+            for key in extra:
+                yield from validator.descend(instance[key], inner, path=key)
+
+    own = {
+        "multipleOf": multiple_of,
+        "pattern": pattern,
+        "patternProperties": pattern_properties,
+        "additionalProperties": additional_properties,
+    }
+    return extend(Draft202012Validator, own)  # type: ignore[no-untyped-call]

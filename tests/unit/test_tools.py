@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 import pytest
 from langchain_core.tools import BaseTool, InjectedToolArg, InjectedToolCallId, StructuredTool
@@ -531,6 +531,8 @@ def propose(runtime: Runtime, *answers: str, tokens: int = 256) -> list[Request]
 
 
 class _Prompts:
+    instead: ClassVar[dict[str, Any]] = {}
+
     def get(self, name: str) -> Any:
         from agentops.records import Message
 
