@@ -77,7 +77,7 @@ def replay(
         RunNotFound, RecordError: something that is needed is not on record, or was cut for its size.
         GraphError: the graph cannot be loaded.
     """
-    catch_up(settings)
+    catch_up(settings, wait=True)
     with open_store(settings) as store, ExitStack() as stack:
         wanted = store.run(run) if run is not None else None
         thread_id = wanted.thread_id if wanted else store.thread(str(thread)).id
@@ -246,7 +246,7 @@ class _Again:
 
     def _compared(self, gone: ReplayDiverged | None) -> Replayed:
         run_id, roots = self._row.id, [root.id for root in self._sittings]
-        catch_up(self._settings)
+        catch_up(self._settings, wait=True)
         with open_store(self._settings) as new:
             again = new.run(run_id)
             again_roots = [span.id for span in _roots(new, run_id)]

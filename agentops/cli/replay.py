@@ -110,7 +110,7 @@ def diff(
     from agentops.tracer.drain import catch_up
 
     settings = load_settings()
-    catch_up(settings)
+    catch_up(settings, wait=True)
     with open_store(settings) as store:
         rows = [store.run(each) for each in (one, two)]
         sides = [Side(store, row.id) for row in rows]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agentops.errors import RecordError, StoreBroken, StoreTooNew
+from agentops.errors import RecordError, StoreBroken, StoreLocked, StoreTooNew
 from agentops.settings import Settings
 from agentops.tracer.journal import SUFFIX, Event, Journal, claim, read
 
@@ -172,13 +172,14 @@ class Drainer:
             self.attempt(timeout_s=_CLOSING_WAIT_S)
 
 
-def catch_up(settings: Settings) -> None:
+def catch_up(settings: Settings, *, wait: bool = False) -> None:
     """Before the record is read: stores what journals still hold, and finds runs whose process died.
 
-    Gives up soon when another process writes, as that one drains too.
+    Gives up soon when another process writes, as that one drains too; with `wait`, for readers that must not miss the end of a
+    run, after `record.lock_timeout_s`, and says so.
 
     Raises:
-        StoreTooNew, StoreBroken
+        StoreTooNew, StoreBroken; with `wait`, StoreLocked.
     """
     from agentops.store import open_writer
 
@@ -186,9 +187,12 @@ def catch_up(settings: Settings) -> None:
     if not folder.is_dir():
         return
     try:
-        with open_writer(settings, timeout_s=min(_READING_WAIT_S, settings.record.lock_timeout_s)) as writer:
+        longest_s = settings.record.lock_timeout_s
+        with open_writer(settings, timeout_s=longest_s if wait else min(_READING_WAIT_S, longest_s)) as writer:
             drain(folder, writer)
     except (StoreTooNew, StoreBroken):
         raise
     except (RecordError, OSError) as error:
+        if wait and isinstance(error, StoreLocked):
+            raise
         log.info("the record may be behind: %s", error)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,10 @@ import pytest
 from langgraph.graph import START, StateGraph
 
 from agentops.clock import CountingIds, SystemClock, UlidSource
-from agentops.errors import JournalFull, StoreBroken
+from agentops.errors import JournalFull, StoreBroken, StoreLocked
 from agentops.records import RunStatus
 from agentops.settings import PathSettings, RecordSettings, Settings
-from agentops.store import Store, open_store
+from agentops.store import Store, open_store, open_writer
 from agentops.tracer import Tracer, catch_up, open_tracer, span
 from agentops.tracer.journal import read
 
@@ -196,6 +197,20 @@ def test_a_locked_store_holds_up_no_run_and_the_backlog_drains_afterwards(quick:
         assert len(store.spans("run_locked")) == 21
         assert store.balance("run_locked").balanced
     tracer.close()
+
+
+def test_a_reader_that_must_miss_nothing_waits_for_who_writes(quick: Settings) -> None:
+    patient = replace(quick, record=replace(quick.record, lock_timeout_s=30.0))
+    open_tracer(quick, clock=SystemClock(), ids=CountingIds()).close()
+    with open_writer(quick), pytest.raises(StoreLocked):
+        catch_up(quick, wait=True)
+    with ThreadPoolExecutor(1) as pool:
+        with open_writer(quick):
+            waiting = pool.submit(catch_up, patient, wait=True)
+            time.sleep(0.5)
+            assert not waiting.done()
+            catch_up(quick)
+        waiting.result(timeout=25)
 
 
 def test_a_broken_store_holds_up_no_run_either(quick: Settings) -> None:
