@@ -54,7 +54,7 @@ def test_the_import_contracts_hold() -> None:
         "sys.argv = ['agentops', 'run', '--help']; import agentops.cli; agentops.cli.main()",
         "sys.argv = ['agentops', '--version']; import agentops.cli; agentops.cli.main()",
         "import agentops; agentops.load_settings()",
-        "import tui",
+        "import tui.app, tui.screens",
         "import graphs, evals",
         "import agentops.engine.scripted",
     ],
