@@ -1,11 +1,14 @@
-"""How well are hallucinated answers told from right ones? AUC on HaluEval's question answering, beside simple baselines.
+"""How well is what a text carries told from what it does not? AUC on two sets of labelled claims, beside simple baselines.
 
 HaluEval's hallucinated answers are longer, which alone separates them; so only pairs are taken whose lengths are within a
 factor of two, and the length baseline is printed. Every second pair is for fitting; figures are of the other half, and, with
 weights fitted on either half and used on the other, of all pairs. A third set leaves length no say at all: right and
-hallucinated answers, to different questions and none of them fitted on, of exactly the same length.
+hallucinated answers, to different questions and none of them fitted on, of exactly the same length. A fourth is harder:
+paraphrases of short texts and near misses (`claims.json`, written for this), of which every second text is fitted on as well;
+figures are cross-fitted. Both kinds count alike in the fit.
 Intervals are 95 % bootstrap intervals over pairs. The peer is the same model, asked "is the answer right, Yes or No".
-`--fit` writes the weights that the metric uses. What the model computed is kept in `--cache`.
+`--fit` writes the weights of `evals.support`, which verdicts and the metric have in common. What the model computed is kept in
+`--cache`.
 Not measured: other models, other languages, long answers, and data where hallucinations are rare.
 """
 
@@ -31,8 +34,9 @@ from agentops.engine.local import open_engine
 from agentops.engine.models import prepare
 from agentops.records import ChoiceScore, Message, ScoreRequest, Scores, Timing, Usage, content_hash
 from agentops.settings import load_settings
-from evals.metrics.hallucination import MEASURES, WEIGHTS, Evidence, Hallucination, load_weights, measure
+from evals.metrics.hallucination import Hallucination
 from evals.samples import Context, Sample
+from evals.support import MEASURES, WEIGHTS, Support, load_weights, supports
 from evals.verdicts import claims
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +103,16 @@ def matched(folder: Path, ratio: float = RATIO) -> tuple[list[Pair], list[Pair]]
     return pairs, equal
 
 
+def paraphrased() -> list[Pair]:
+    """A claim that a text carries and one that it does not carry; two pairs a text."""
+    rows = json.loads((ROOT / "bench" / "claims.json").read_text(encoding="utf-8"))
+    made: list[Pair] = []
+    for row in rows:
+        about = {"question": row["question"], "knowledge": row["text"]}
+        made += [((about, right), (about, wrong)) for right, wrong in zip(row["supported"], row["unsupported"], strict=True)]
+    return made
+
+
 def within(row: Row, ratio: float) -> bool:
     short, long = sorted((len(row["right_answer"]), len(row["hallucinated_answer"])))
     return long <= ratio * short
@@ -118,34 +132,35 @@ def judged(values: Floats) -> tuple[float, float, float]:
     return auc(values[:, 0], values[:, 1]), float(low), float(high)
 
 
-def fit(right: Floats, wrong: Floats) -> Model:
+def fit(sets: Sequence[Floats]) -> Model:
     """Means and scales of the measures, weights (none below zero: more evidence never speaks against a claim) and bias of the
-    log-odds of being hallucinated. Arguments have one row an answer."""
+    log-odds of being carried. Each set has pairs, carried and not, and the measures of both; each counts alike."""
     from scipy.optimize import minimize
 
-    rows = np.concatenate([right, wrong])
+    flat = [one.reshape(-1, len(MEASURES)) for one in sets]
+    rows = np.concatenate(flat)
+    counts = np.concatenate([np.full(len(one), len(rows) / len(flat) / len(one)) for one in flat])
     means, scales = rows.mean(0), rows.std(0)
     z = np.clip((rows - means) / scales, -3, 3)
-    signs = np.r_[np.ones(len(right)), -np.ones(len(wrong))]
+    signs = np.tile([1.0, -1.0], len(rows) // 2)
 
     def loss(parameters: Floats) -> float:
         margins = signs * (z @ parameters[1:] + parameters[0])
-        return float(np.logaddexp(0, -margins).sum() + STRENGTH / 2 * (parameters[1:] ** 2).sum())
+        return float((counts * np.logaddexp(0, -margins)).sum() + STRENGTH / 2 * (parameters[1:] ** 2).sum())
 
     found = minimize(loss, np.zeros(z.shape[1] + 1), bounds=[(None, None)] + [(0, None)] * z.shape[1], method="L-BFGS-B").x
     return means, scales, found[1:], float(found[0])
 
 
-def support(model: Model, rows: Floats) -> Floats:
+def carried(model: Model, rows: Floats) -> Floats:
     """Log-odds of being carried by the contexts."""
     means, scales, weights, bias = model
     return np.clip((rows - means) / scales, -3, 3) @ weights + bias
 
 
-async def worst(engine: Any, row: Row, answer: str) -> Evidence:
-    """Of the claims of an answer the evidence for the one with the lowest lift."""
-    parts = [claim.rstrip(" .!;:") or claim for claim in claims(answer)]
-    found = await measure(engine, parts, row["knowledge"], row["question"])
+async def worst(engine: Any, row: Row, answer: str) -> Support:
+    """Of the claims of an answer the one with the lowest lift."""
+    found = await supports(engine, claims(answer), row["knowledge"], row["question"])
     return min(found, key=lambda one: one.lift_lowest)
 
 
@@ -186,8 +201,8 @@ async def figures(engine: Any, pairs: list[Pair], evidence: Floats) -> dict[str,
         "lift, lowest": column["lift_lowest"],
         "lift, mean": column["lift_mean"],
         "coverage": column["coverage"],
-        "uncertainty, mean": column["logprob_mean"],
         "uncertainty, lowest": column["logprob_lowest"],
+        "no number is missing": column["numbers"],
         "quoted word for word": np.array(await of_pairs(pairs, quoted)),
         "shorter": np.array(await of_pairs(pairs, shorter)),
         ASKED: np.array(await of_pairs(pairs, partial(asked, engine))),
@@ -197,52 +212,66 @@ async def figures(engine: Any, pairs: list[Pair], evidence: Floats) -> dict[str,
 def write_weights(model: Model, about: dict[str, Any]) -> None:
     means, scales, weights, bias = model
     measures = {
-        name: {"mean": round(float(mean), 4), "scale": round(float(scale), 4), "weight": round(0 - float(weight), 4)}
+        name: {"mean": round(float(mean), 4), "scale": round(float(scale), 4), "weight": round(float(weight), 4)}
         for name, mean, scale, weight in zip(MEASURES, means, scales, weights, strict=True)
     }
-    data = {"about": about, "bias": round(-bias, 4), "measures": measures}
+    data = {"about": about, "bias": round(bias, 4), "measures": measures}
     WEIGHTS.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     load_weights.cache_clear()
 
 
-async def run(pairs: list[Pair], equal: list[Pair], cache: Path, write: bool) -> dict[str, Any]:
+async def run(pairs: list[Pair], equal: list[Pair], near: list[Pair], cache: Path, write: bool) -> dict[str, Any]:
     settings = load_settings({"engine.threads": 2})
     opened = open_engine(prepare(settings.model.name, settings), settings)
     cache.mkdir(parents=True, exist_ok=True)
     engine: Any = Remembered(opened, cache / "scores.jsonl")
     began = time.monotonic()
-    evidence, other = [
+    evidence, other, close = [
         np.array(
             [[[getattr(one, name) for name in MEASURES] for one in pair] for pair in await of_pairs(some, partial(worst, engine))]
         )
-        for some in (pairs, equal)
+        for some in (pairs, equal, near)
     ]
     fitted = np.arange(len(pairs)) % 2 == 0
-    models = [fit(evidence[half, 0], evidence[half, 1]) for half in (fitted, ~fitted)]
+    # Two pairs are of one text, and a text is either fitted on or not.
+    texts = np.arange(len(near)) // 2 % 2 == 0
+    models = [fit([evidence[half], close[part]]) for half, part in ((fitted, texts), (~fitted, ~texts))]
     if write:
         about = {
             "fitted_on": f"{int(fitted.sum())} pairs: every second of {len(pairs)} question answering pairs of HaluEval (MIT) "
-            f"whose lengths are within a factor of {RATIO:g}",
+            f"whose lengths are within a factor of {RATIO:g}; and {int(texts.sum())} of {len(near)} pairs of a paraphrase and a "
+            "near miss (bench/claims.json), which count alike",
             "fitted_by": "python bench/hallucination.py --fit",
             "model": f"{opened.info.name} {opened.info.revision}",
             "penalty": STRENGTH,
         }
         write_weights(models[0], about)
-    found = await figures(engine, pairs, evidence)
-    same = await figures(engine, equal, other)
+    found, same, paraphrases = [await figures(engine, *some) for some in ((pairs, evidence), (equal, other), (near, close))]
     await opened.close()
-    crossed = np.where(fitted[:, None], support(models[1], evidence), support(models[0], evidence))
+    crossed, both = [
+        np.where(half[:, None], carried(models[1], rows), carried(models[0], rows))
+        for half, rows in ((fitted, evidence), (texts, close))
+    ]
     return {
-        "pairs": len(pairs),
-        "reported": int((~fitted).sum()),
-        "equal": len(equal),
+        "sizes": (
+            f"held-out half, {int((~fitted).sum())}",
+            f"cross-fitted, {len(pairs)}",
+            f"equal length, {len(equal)}",
+            f"paraphrases, {len(near)}",
+        ),
         "seconds": time.monotonic() - began,
         "computed": engine.computed,
         "model": opened.info.name,
         "weights": [[round(float(weight), 2) for weight in model[2]] for model in models],
         "calibration": calibration(-found[METRIC][~fitted]),
+        "accuracy": float(((both > 0) == np.array([True, False])).mean()),
         "rows": {
-            name: [judged(values[~fitted]), judged(crossed if name == METRIC else values), judged(same[name])]
+            name: [
+                judged(values[~fitted]),
+                judged(crossed if name == METRIC else values),
+                judged(same[name]),
+                judged(both if name == METRIC else paraphrases[name]),
+            ]
             for name, values in found.items()
         },
     }
@@ -266,39 +295,34 @@ def main() -> None:
     if asked_for.quick and asked_for.fit:
         parser.error("weights are fitted on all the pairs there are for it")
     pairs, equal = matched(Path(os.environ.get("AGENTOPS_SHARED_DATA") or ROOT.parent / "shared" / "data"))
+    near = paraphrased()
     if asked_for.quick:
-        pairs, equal = pairs[:16], equal[:8]
-    found = asyncio.run(run(pairs, equal, asked_for.cache, asked_for.fit))
-    heads = (
-        f"held-out half, {found['reported']} pairs",
-        f"cross-fitted, {found['pairs']} pairs",
-        f"equal length, {found['equal']} + {found['equal']}",
-    )
-    print(f"HaluEval question answering, {found['model']}: AUC of right against hallucinated answers, 95 % interval")
-    print(f"{'':24}" + "".join(f"{head:26}" for head in heads).rstrip())
+        pairs, equal, near = pairs[:16], equal[:8], near[:8]
+    found = asyncio.run(run(pairs, equal, near, asked_for.cache, asked_for.fit))
+    print(f"{found['model']}: AUC of right against hallucinated answers of HaluEval, and of paraphrases against near misses")
+    print("numbers of pairs; 95 % intervals\n")
+    print(f"{'':24}" + "".join(f"{head:24}" for head in found["sizes"]).rstrip())
     for name, values in found["rows"].items():
         told = (f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in values)
-        print(f"{name:24}" + "".join(f"{one:26}" for one in told).rstrip())
+        print(f"{name:24}" + "".join(f"{one:24}" for one in told).rstrip())
     first, other = (", ".join(f"{weight:g}" for weight in weights) for weights in found["weights"])
     print(f"\nweights of {', '.join(MEASURES)}:\n{first}; fitted on the other half: {other}")
-    print(
-        f"held-out half: accuracy at .5 {found['calibration']['accuracy']:.3f}, Brier score {found['calibration']['brier']:.3f}"
-    )
+    sure = found["calibration"]
+    print(f"held-out half: accuracy at .5 {sure['accuracy']:.3f}, Brier score {sure['brier']:.3f}")
+    print(f"paraphrases, cross-fitted: accuracy at .5 {found['accuracy']:.3f}")
     print(f"{found['computed']} score requests were computed in {found['seconds']:.0f} s, the others were kept from before")
     print("not measured: other models, other languages, long answers, data where hallucinations are rare")
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-    theirs = found["rows"][ASKED][0][0]
     rows = [
         {
-            "metric": name,
-            "ours": round(values[0][0], 3),
+            "metric": head,
+            "ours": round(value[0], 3),
             "peer": "the same model asked",
-            "theirs": round(theirs, 3),
-            "ratio": round(values[0][0] / theirs, 2),
+            "theirs": round(peer[0], 3),
+            "ratio": round(value[0] / peer[0], 2),
             "unit": "AUC",
         }
-        for name, values in found["rows"].items()
-        if name != ASKED
+        for head, value, peer in zip(found["sizes"], found["rows"][METRIC], found["rows"][ASKED], strict=True)
     ]
     print(json.dumps({"bench": "hallucination", "machine": machine, "rows": rows}))
 

@@ -6,9 +6,9 @@ empty, evasive, in other scripts, long, or telling the judge what to say. Every 
 default model: computed from what the model finds likely, and, every fourth case, asked, held to the schema of its answer
 while it writes. The peer is the same model asked by ragas' prompts with their examples and held to nothing, on a few cases.
 Counted are answers that did not fit, judgements that were lost to them, and scores against samples.
-How good the verdict behind the metrics is ("is this claim carried by that text?") is told by HaluEval's labels and by 64
-paraphrased claims and near misses (`claims.json`, written for this), with weights fitted on one half of the rows and measured
-on the other; beside it the model's word, and the length of the claim.
+How good the verdict behind the metrics is ("is this claim carried by that text?") is told by `bench/hallucination.py`; here by
+the word of the same model, asked by the prompt of ragas' faithfulness, on the 64 paraphrased claims and near misses of
+`claims.json`, beside the computed verdict on the half of them that its weights were not fitted on.
 Not measured: models that are large enough to be asked, and verdicts on topics, goals and grades, for which there are no labels
 here.
 """
@@ -36,7 +36,7 @@ from agentops.settings import Settings, load_settings
 from evals.judge import EngineRespondent, Judge, JudgeFailed, Schema
 from evals.metrics.ragas import KINDS, ragas_metrics
 from evals.samples import Context, Reference, Sample
-from evals.verdicts import FLOOR, Support, claims, supports
+from evals.support import Support, supports
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS, FREE_TOKENS = 320, 160
@@ -187,29 +187,24 @@ def right_above_wrong(outcomes: Sequence[Outcome], metric: str) -> float | None:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a text says or does not say (`label`), as it is judged by likelihood and by the model's word."""
+    """What a text says or does not say (`label`), as it is judged by likelihood and by the model's word. `fitted` ones are among
+    those that the weights were fitted on."""
 
-    family: str
-    row: int
     label: bool
+    fitted: bool
     support: Support
     said: bool | None
 
 
 async def labelled(engine: Engine, judge: Judge, rows: int) -> list[Claim]:
-    """Claims of HaluEval's answers, and paraphrased ones with near misses, which the model is asked about as well."""
+    """Paraphrased claims and near misses."""
     made: list[Claim] = []
     for number, row in enumerate(json.loads((ROOT / "bench" / "claims.json").read_text(encoding="utf-8"))[:rows]):
         texts = [*row["supported"], *row["unsupported"]]
         found = await supports(engine, texts, row["text"], row["question"])
         said = await asked_about(judge, row["text"], texts)
         labels = [text in row["supported"] for text in texts]
-        made += [Claim("paraphrase", number, *one) for one in zip(labels, found, said, strict=True)]
-    for number, row in enumerate(pairs()[:rows]):
-        for key in ("right_answer", "hallucinated_answer"):
-            parts = claims(row[key]) or [row[key]]
-            weakest = min(await supports(engine, parts, row["knowledge"], row["question"]), key=lambda one: one.total)
-            made.append(Claim("halueval", number, key == "right_answer", weakest, None))
+        made += [Claim(label, number % 2 == 0, *one) for label, *one in zip(labels, found, said, strict=True)]
     return made
 
 
@@ -228,29 +223,6 @@ async def asked_about(judge: Judge, text: str, statements: list[str]) -> list[bo
     return [bool(one["verdict"]) for one in said["statements"]]
 
 
-def fitted(found: Sequence[Claim]) -> list[float]:
-    """What a logistic regression makes of each claim that was fitted on the other half of the rows; above 0 is supported."""
-    import numpy as np
-    from sklearn.linear_model import LogisticRegression
-
-    def features(one: Support) -> list[float]:
-        return [one.coverage, max(one.lift.lowest, FLOOR), one.lift.mean, float(bool(one.missing))]
-
-    measured = np.array([features(one.support) for one in found])
-    scale = measured.std(axis=0) + 1e-9
-    labels = np.array([one.label for one in found])
-    half = np.array([one.row % 2 for one in found])
-    # Both families count alike, however many claims there are of each.
-    sizes = Counter(one.family for one in found)
-    weights = np.array([len(found) / sizes[one.family] for one in found])
-    made = np.zeros(len(found))
-    for side in (0, 1):
-        rest = half != side
-        model = LogisticRegression().fit(measured[rest] / scale, labels[rest], sample_weight=weights[rest])
-        made[~rest] = model.decision_function(measured[~rest] / scale)
-    return [float(value) for value in made]
-
-
 def area(values: Sequence[tuple[bool, float]]) -> float | None:
     """Area under the curve of values by label; a tie is half."""
     right, wrong = [v for label, v in values if label], [v for label, v in values if not label]
@@ -265,26 +237,19 @@ def balanced(values: Sequence[tuple[bool, bool]]) -> float | None:
 
 
 def quality(found: Sequence[Claim]) -> list[dict[str, Any]]:
-    rows = []
-    crossed = fitted(found)
-    for family in ("halueval", "paraphrase"):
-        here = [(one, value) for one, value in zip(found, crossed, strict=True) if one.family == family]
-        unit = f"of {len(here)} claims"
-        said = [(one.label, one.said) for one, _ in here if one.said is not None]
-        word = f"the model's word on {len(said)}"
-        areas = area([(one.label, value) for one, value in here]), area([(label, float(value)) for label, value in said])
-        rates = balanced([(one.label, value >= 0) for one, value in here]), balanced(said)
-        rows += [
-            _row(f"{family}_auc", areas[0], word, areas[1], unit),
-            _row(f"{family}_balanced_accuracy", rates[0], word, rates[1], unit),
-        ]
-        house = balanced([(one.label, one.support.verdict) for one, _ in here])
-        length = area([(one.label, -float(len(one.support.claim))) for one, _ in here])
-        rows.append(_row(f"{family}_with_the_weights_of_the_house", house, "shorter is right, AUC", length, unit))
-    return rows
+    said = [(one.label, one.said) for one in found if one.said is not None]
+    word = f"the model's word on {len(said)}"
+    held = [(one.label, one.support.log_odds) for one in found if not one.fitted]
+    unit = f"of {len(held)} claims not fitted on"
+    areas = area(held), area([(label, float(value)) for label, value in said])
+    rates = balanced([(label, odds > 0) for label, odds in held]), balanced(said)
+    return [
+        _row("paraphrase_auc", areas[0], word, areas[1], unit),
+        _row("paraphrase_balanced_accuracy", rates[0], word, rates[1], unit),
+    ]
 
 
-async def measure(settings: Settings, *, judgements: int, free: int, matched: int, show: bool) -> list[dict[str, Any]]:
+async def measure(settings: Settings, *, judgements: int, free: int, texts: int, show: bool) -> list[dict[str, Any]]:
     from agentops.parts import open_embedder, open_engine
 
     names = [kind.name for kind in KINDS if kind.judged]
@@ -295,7 +260,7 @@ async def measure(settings: Settings, *, judgements: int, free: int, matched: in
         computing = Judge(held, how="computed", engine=engine, embedder=embedder, timeout_s=600)
         computed = await judged(some, computing, embedder, "computed")
         asking = Judge(held, how="asked", timeout_s=600)
-        known = await labelled(engine, asking, matched)
+        known = await labelled(engine, asking, texts)
         asked = await judged(some[::4], asking, embedder, "asked")
         few = some[:: max(1, len(some) // max(1, free // len(names)))]
         unheld = await judged(few, Judge(loose, how="asked", timeout_s=600, retries=0), embedder, "asked freely")
@@ -352,7 +317,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print every score")
     given = parser.parse_args()
     settings = load_settings()
-    sizes = {"judgements": 27, "free": 9, "matched": 10} if given.quick else {"judgements": 500, "free": 54, "matched": 1_000}
+    sizes = {"judgements": 27, "free": 9, "texts": 4} if given.quick else {"judgements": 500, "free": 54, "texts": 1_000}
     rows = asyncio.run(measure(settings, show=given.show, **sizes))
     print(f"\n{'':38} {'ours':>12} {'peer':>12}   peer")
     for row in rows:

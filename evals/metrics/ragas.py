@@ -24,6 +24,7 @@ from agentops.text import split_sentences
 from evals.judge import Judge, JudgeFailed, Schema
 from evals.metrics import NO_REFERENCE, Metric, Unscored
 from evals.samples import Sample
+from evals.support import load_weights
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -83,7 +84,8 @@ class RagasMetric:
 
     def __init__(self, kind: Kind, judge: Judge, embedder: Embedder) -> None:
         self._kind, self._judge, self._embedder = kind, judge, embedder
-        judged = f" {judge.identity}" if kind.judged else ""
+        measured = f" {load_weights().identity}" if judge.how == "computed" else ""
+        judged = f" {judge.identity}{measured}" if kind.judged else ""
         embedded = f" {embedder.name} {embedder.revision}" if kind.embeds else ""
         self.name, self.low, self.high = kind.name, kind.low, kind.high
         self.version = f"{_VERSION} ragas {metadata.version('ragas')}{judged}{embedded}"

@@ -5,33 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import settings as checks
-from hypothesis import strategies as st
 
 from agentops.engine import Engine
 from agentops.engine.scripted import ScriptedEngine
 from agentops.errors import EngineError
-from agentops.records import ChoiceScore, ScoreRequest, Scores
+from agentops.records import ScoreRequest
 from agentops.sync import run_sync
 from evals.judge import Judge, JudgeFailed, Schema
 from evals.metrics import Metric
-from evals.metrics.hallucination import (
-    ANSWER_CHARACTERS,
-    MEASURES,
-    WEIGHTS,
-    Evidence,
-    Hallucination,
-    blamed,
-    load_weights,
-    measure,
-)
+from evals.metrics.hallucination import ANSWER_CHARACTERS, Hallucination
 from evals.samples import Context, Sample
+from evals.support import MEASURES, load_weights
 
 TAY = Context(
     "tay",
@@ -94,58 +82,6 @@ def test_the_worst_claim_counts_and_is_named() -> None:
     # Both prompts once for all claims, and the words once.
     assert len(engine.score_requests) == 3
     assert [len(request.choices) for request in engine.score_requests[:2]] == [3, 3]
-
-
-def test_the_measures_are_what_they_say() -> None:
-    def scores(request: ScoreRequest) -> list[float]:
-        return [-1.0 if request.messages[-1].content.startswith("Text: ") else -7.0 for _ in request.choices]
-
-    engine = ScriptedEngine(scores=scores)
-    (found,) = run_sync(measure(engine, ["opened  in\n1878"], TAY.text, QUESTION))
-    # Three tokens share the total evenly; "in" is no content word.
-    assert [word for word, _ in found.words] == ["opened", "1878"]
-    assert found.lift_mean == found.lift_lowest == pytest.approx(2)
-    assert found.logprob_mean == found.logprob_lowest == pytest.approx(-1 / 3)
-    assert found.coverage == 1
-    assert engine.score_requests[0].messages[0].content == f"Question: {QUESTION}"
-
-
-class Uneven(ScriptedEngine):
-    """An engine with two tokens a word in claims, whose words alone have `alone` tokens: some tokenizers mark beginnings."""
-
-    alone = 2
-
-    async def score(self, request: ScoreRequest) -> Scores:
-        given = await super().score(request)
-        read = request.messages[-1].content.startswith("Text: ")
-        single = request.messages[-1].content.startswith("Say")
-        made = []
-        for choice in given.choices:
-            count = self.alone if single else 2 * len(choice.text.split())
-            made.append(ChoiceScore(choice.text, tuple(-float(at) * (2 if read else 1) for at in range(count))))
-        return replace(given, choices=tuple(made))
-
-
-def test_tokens_are_given_to_their_words() -> None:
-    (found,) = run_sync(measure(Uneven(), ["opened in 1878"], TAY.text, QUESTION))
-    assert found.words == (("opened", -0.5), ("1878", -4.5))
-    assert (found.lift_lowest, found.lift_mean) == (-4.5, -2.5)
-
-
-def test_where_words_cannot_be_told_each_token_stands_for_itself() -> None:
-    engine = Uneven()
-    engine.alone = 3
-    (found,) = run_sync(measure(engine, ["opened in 1878"], TAY.text, QUESTION))
-    assert found.words == ()
-    assert (found.lift_lowest, found.lift_mean) == (-5, -2.5)
-
-
-def test_words_that_speak_against_a_claim() -> None:
-    evidence = Evidence(1, 1, 1, 1, 1, (("bridge", 2.0), ("whale", 3.0), ("fell", -0.1)))
-    assert blamed(evidence, {"bridg", "fell"}) == ["whale", "fell"]
-    assert blamed(evidence, {"bridg", "fell", "whale"}) == ["fell"]
-    assert blamed(replace(evidence, words=(("bridge", 2.0), ("whale", 1.0))), {"bridg", "whale"}) == ["whale"]
-    assert blamed(replace(evidence, words=()), set()) == []
 
 
 def test_what_cannot_be_scored_says_why() -> None:
@@ -229,28 +165,6 @@ def test_a_judge_that_fails_leaves_unscored() -> None:
         score, _ = judged(answer)
         assert score.value is None
         assert score.reason.startswith("judge: ")
-
-
-# --- the weights ---
-
-
-def test_the_weights_say_how_they_were_fitted() -> None:
-    about = json.loads(WEIGHTS.read_text(encoding="utf-8"))
-    assert set(about["measures"]) == set(MEASURES)
-    assert "HaluEval" in about["about"]["fitted_on"]
-    assert about["about"]["model"].startswith("smollm2-135m-instruct")
-
-
-FIGURES = st.floats(-50, 50)
-
-
-@checks(deadline=None)
-@given(st.builds(Evidence, FIGURES, FIGURES, st.floats(0, 1), FIGURES, FIGURES, st.just(())), st.sampled_from(MEASURES))
-def test_more_evidence_never_speaks_against_a_claim(evidence: Evidence, name: str) -> None:
-    better = replace(evidence, **{name: getattr(evidence, name) + 1})
-    odds = load_weights().log_odds
-    assert math.isfinite(odds(evidence))
-    assert odds(better) <= odds(evidence)
 
 
 # --- the real model ---

@@ -22,7 +22,7 @@ from evals.judge import EngineRespondent, Judge, JudgeFailed, ServerRespondent
 from evals.metrics import NO_REFERENCE, Metric
 from evals.metrics.ragas import ragas_metrics
 from evals.samples import Context, Reference, Sample
-from evals.verdicts import SOURCE_CHARACTERS, claims, excerpt, is_evasive
+from evals.verdicts import claims, is_evasive
 
 JUDGED = {
     "faithfulness",
@@ -616,15 +616,6 @@ def test_a_text_is_taken_apart_into_what_it_claims(text: str, found: list[str]) 
 )
 def test_evasive_answers_are_known_by_their_words(text: str, evasive: bool) -> None:
     assert is_evasive(text) is evasive
-
-
-def test_of_a_long_source_the_part_is_read_that_has_to_do_with_the_claims() -> None:
-    filler = " ".join(f"Sentence number {n} is about bread." for n in range(400))
-    source = f"{filler} The tower opened in 1889. {filler}"
-    part = excerpt(source, ["The tower opened in 1889."])
-    assert len(part) <= SOURCE_CHARACTERS
-    assert "The tower opened in 1889." in part
-    assert excerpt("brief", ["x"]) == "brief"
 
 
 async def test_a_computed_verdict_has_a_limit_of_time_as_well() -> None:
