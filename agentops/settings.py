@@ -127,6 +127,13 @@ class JudgeSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class CostSettings:
+    prices: tuple[str, ...] = _about(
+        "money per million input, cached and output tokens of a model: NAME=2.5/0.25/10; without one, cost is not known", ()
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings. `sources` maps `model.name` and so on to `default`, a file's path, `$VARIABLE` or `--flag`."""
 
@@ -140,6 +147,7 @@ class Settings:
     record: RecordSettings = field(default_factory=RecordSettings)
     run: RunSettings = field(default_factory=RunSettings)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
+    cost: CostSettings = field(default_factory=CostSettings)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
     flags: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """What the command line gave, by key; for settings that unite what all sources say."""

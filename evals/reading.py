@@ -14,7 +14,7 @@ from typing import Any
 
 from agentops.errors import RecordError
 from agentops.grounding import coverage
-from agentops.records import Message, Role, ToolCall, content_hash
+from agentops.records import Message, Role, ToolCall, Usage, content_hash
 from agentops.store import CaseRow, RunRow, SpanRow, Store
 from agentops.text import split_sentences
 from evals.datasets import Case, Dataset, case_of
@@ -41,6 +41,7 @@ def read_sample(store: Store, run: RunRow, reference: Reference | None = None, c
         tool_calls=calls,
         output=output,
         usage=run.usage,
+        spent=_spent(spans),
         latency_ms=_latency_ms(spans),
         reference=reference or Reference(),
         thread_id=run.thread_id,
@@ -218,6 +219,16 @@ def _calls(spans: Sequence[SpanRow], whole: _Whole) -> tuple[tuple[ToolCall, ...
         said = span.error or (made if isinstance(made, str) else json.dumps(made, ensure_ascii=False))
         calls[key] = ToolCall(span.name, arguments, key), said
     return tuple(call for call, _ in calls.values()), [said for _, said in calls.values()]
+
+
+def _spent(spans: Sequence[SpanRow]) -> dict[str, Usage]:
+    """Usage by the model's name; that of a model which did not tell its name is under ''."""
+    found: dict[str, Usage] = {}
+    for span in spans:
+        if span.usage != Usage():
+            name = span.model or ""
+            found[name] = found.get(name, Usage()) + span.usage
+    return found
 
 
 def _latency_ms(spans: Sequence[SpanRow]) -> float:

@@ -47,7 +47,7 @@ class Sample:
 
     `contexts` are what was retrieved for it, best first, across all searches, each document once. `cited` are places in
     `contexts`, from 0, by the number that the answer cites them with. `messages` is the conversation with its tool calls as
-    `tool_calls`, in order. `cost` is in the currency of the settings; `latency_ms` counts from the start to the end of the
+    `tool_calls`, in order. `spent` is the usage by the model's name; `latency_ms` counts from the start to the end of the
     run without the time spent waiting for people. `case_id` and `run_id` say what it is a sample of. `truncated` names the
     fields that are not whole, because the record cut them for their size or does not have them.
     """
@@ -61,7 +61,7 @@ class Sample:
     output: Any = None
     usage: Usage = field(default_factory=Usage)
     latency_ms: float = 0.0
-    cost: float = 0.0
+    spent: Mapping[str, Usage] = field(default_factory=dict)
     reference: Reference = field(default_factory=Reference)
     thread_id: str = ""
     run_id: str = ""

@@ -11,20 +11,24 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from agentops import schema
 from agentops.grounding import coverage, numbers_missing
-from agentops.records import Score, ToolCall
+from agentops.records import Score, ToolCall, content_hash
 from agentops.text import split_sentences
 from evals.metrics import NO_REFERENCE, Metric, Unscored
+from evals.prices import Price
 from evals.samples import Sample
 
 CARRIED = 0.75
 """Least share of a sentence's content words that the documents it cites must have: what the graph `rag` holds itself to."""
+
+NO_PRICE = "no_price"
+"""Why a sample has no cost, with the model's name: the settings have no price of it."""
 
 ANSWER_CHARACTERS = 100_000
 PATTERN_CHARACTERS = 1_000
@@ -66,8 +70,10 @@ class NativeMetric:
         return Score(self.name, found.value, "code", comment=found.comment[:500], details=found.details)
 
 
-def native_metrics(ks: Sequence[int] = (5, 10)) -> dict[str, Metric]:
-    """All of them, by name. Retrieval is measured at the ranks `ks`."""
+def native_metrics(ks: Sequence[int] = (5, 10), prices: Mapping[str, Price] | None = None) -> dict[str, Metric]:
+    """All of them, by name. Retrieval is measured at the ranks `ks`, cost by `prices` of models."""
+    prices = dict(prices or {})
+    priced = f" {content_hash(repr(sorted(prices.items())))[3:11]}" if prices else ""
     metrics = [
         NativeMetric("citations_resolve", citations_resolve),
         NativeMetric("citations_support", citations_support),
@@ -80,7 +86,7 @@ def native_metrics(ks: Sequence[int] = (5, 10)) -> dict[str, Metric]:
         NativeMetric("regex", regex),
         NativeMetric("latency_ms", latency, high=math.inf, better="low"),
         NativeMetric("tokens", tokens, high=math.inf, better="low"),
-        NativeMetric("cost", cost, high=math.inf, better="low"),
+        NativeMetric("cost", partial(cost, prices=prices), high=math.inf, better="low", version=f"2{priced}"),
     ]
     return {metric.name: metric for metric in metrics}
 
@@ -284,9 +290,13 @@ def tokens(sample: Sample) -> Measured:
     return Measured(_known(usage.input_tokens + usage.output_tokens), "", about)
 
 
-def cost(sample: Sample) -> Measured:
-    """What the run cost, in the currency of the settings."""
-    return Measured(_known(sample.cost))
+def cost(sample: Sample, prices: Mapping[str, Price]) -> Measured:
+    """What the run's tokens cost, in the currency of the prices."""
+    for name in sample.spent:
+        if name not in prices:
+            raise Unscored(f"{NO_PRICE}: {name or 'a model without a name'}"[:500])
+    by_model = {name: prices[name].of(usage) for name, usage in sample.spent.items()}
+    return Measured(_known(math.fsum(by_model.values())), "", {"by_model": by_model})
 
 
 def _known(value: float) -> float:

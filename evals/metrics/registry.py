@@ -136,7 +136,7 @@ async def make_metrics(
 
     Raises:
         UsageError: a name is wrong, or what a metric needs is not installed.
-        SettingsError: the judge's settings cannot be right.
+        SettingsError: the judge's settings, or the prices, cannot be right.
     """
     from evals.judge import open_judge
 
@@ -150,8 +150,9 @@ async def make_metrics(
         made: dict[str, Metric] = {}
         if "native" in groups:
             from evals.metrics.native import native_metrics
+            from evals.prices import load_prices
 
-            made |= native_metrics()
+            made |= native_metrics(prices=load_prices(settings) if "cost" in wanted else None)
         if "hallucination" in groups:
             from evals.metrics.hallucination import Hallucination
 

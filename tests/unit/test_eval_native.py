@@ -11,10 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentops.errors import SettingsError
 from agentops.records import Score, ToolCall, Usage
+from agentops.settings import load_settings
 from agentops.sync import run_sync
 from evals.metrics import NO_REFERENCE, Metric
 from evals.metrics.native import ANSWER_CHARACTERS, native_metrics
+from evals.prices import load_prices
 from evals.samples import Context, Reference, Sample
 
 METRICS = native_metrics()
@@ -264,18 +267,53 @@ def test_no_pattern_hangs(pattern: str) -> None:
 
 
 def test_effort() -> None:
-    sample = Sample("q", "a", usage=Usage(100, 20, 60, 40), latency_ms=12.5, cost=0.25)
+    sample = Sample("q", "a", usage=Usage(100, 20, 60, 40), latency_ms=12.5)
     assert value("latency_ms", sample) == 12.5
     assert value("tokens", sample) == 120
     assert scored("tokens", sample).details["cached_tokens"] == 60
-    assert value("cost", sample) == 0.25
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
 def test_an_amount_that_is_none_leaves_unscored(bad: float) -> None:
-    for name in ("latency_ms", "cost"):
-        assert scored(name, Sample("q", "a", latency_ms=bad, cost=bad)).value is None
+    assert scored("latency_ms", Sample("q", "a", latency_ms=bad)).value is None
     assert scored("latency_ms", Sample("q", "a")).reason == "not measured"
+
+
+SPENT = {"big": Usage(1_000_000, 200_000, 400_000, 600_000), "small": Usage(10, 5, 0, 10)}
+
+
+def priced(*prices: str) -> Metric:
+    given = load_settings(environment={"AGENTOPS_COST_PRICES": ",".join(prices)}, folder=Path("/nowhere"))
+    return native_metrics(prices=load_prices(given))["cost"]
+
+
+def test_cost_is_money_for_computed_cached_and_written_tokens() -> None:
+    metric = priced("big=2.5/0.25/10", "small = 0 / 0")
+    score = run_sync(metric.score(Sample("q", "a", spent=SPENT)))
+    assert score.value == pytest.approx(0.6 * 2.5 + 0.4 * 0.25 + 0.2 * 10)
+    assert score.details == {"by_model": {"big": pytest.approx(3.6), "small": 0}}
+    # Without a price of their own, cached tokens cost what the others do.
+    assert run_sync(priced("big=1/2").score(Sample("q", "a", spent={"big": SPENT["big"]}))).value == pytest.approx(1.4)
+
+
+def test_without_a_price_cost_is_unscored_and_names_the_model() -> None:
+    assert scored("cost", Sample("q", "a", spent=SPENT)).reason == "no_price: big"
+    assert run_sync(priced("big=1/1").score(Sample("q", "a", spent=SPENT))).reason == "no_price: small"
+    assert scored("cost", Sample("q", "a", spent={"": Usage(1)})).reason == "no_price: a model without a name"
+    assert value("cost", Sample("q", "a")) == 0, "no model was called"
+
+
+def test_other_prices_are_another_version_of_cost() -> None:
+    versions = [priced(*one).version for one in ((), ("big=1/1",), ("big=1/2",), ("big=1/0/2",))]
+    assert len(set(versions)) == 4
+    assert priced("a=1/1", "b=2/2").version == priced("b=2/2", "a=1/1").version
+
+
+@pytest.mark.parametrize("wrong", ["big", "=1/2", "big=1", "big=1/2/3/4", "big=x/2", "big=-1/2", "big=nan/1", "big=1/1,big=2/2"])
+def test_a_price_that_cannot_be_read_is_told(wrong: str) -> None:
+    with pytest.raises(SettingsError, match=r"^\$AGENTOPS_COST_PRICES: cost\.prices has") as told:
+        priced(wrong)
+    assert "MODEL=INPUT/CACHED/OUTPUT" in told.value.hint
 
 
 # --- whatever comes ---

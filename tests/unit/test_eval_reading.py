@@ -50,6 +50,7 @@ async def test_an_answer_from_documents(opened: Callable[..., Runtime], settings
     assert sample.contexts[sample.cited["1"]].text.startswith(DRAFT)
     assert [message.role for message in sample.messages] == ["user", "assistant"]
     assert sample.usage == first.usage
+    assert sample.spent == {runtime.engine.info.name: first.usage}
     assert 0 < sample.latency_ms == pytest.approx(first.duration_ms, rel=0.5, abs=50)
     assert (sample.run_id, sample.thread_id, sample.truncated) == (first.run_id, "talk", frozenset())
     metrics = native_metrics()
