@@ -320,15 +320,13 @@ class _Work:
     async def recorded(self, run_id: str) -> None:
         """A run as it is on record."""
         run = await asyncio.to_thread(self._store.run, run_id)
-        why = (
-            "" if run.status in ("done", "waiting") else f"{run.status}: {run.error}" if run.error else f"the run is {run.status}"
-        )
+        why = "" if run.status in ("done", "waiting") else _ended(run.status, run.error)
         self._failed += run.status == "failed"
         await self._score(run_id, "", None, why)
         self._advance()
 
     async def _score_case(self, case: Case, row: CaseRow) -> None:
-        why = f"{row.status}: {row.error or 'no error was told'}" if row.status == "failed" else ""
+        why = _ended(row.status, row.error) if row.status == "failed" else ""
         await self._score(row.run_id or "", case.id, case, why)
 
     async def _score(self, run_id: str, case_id: str, case: Case | None, why: str) -> None:
@@ -437,6 +435,12 @@ def _scored(latest: tuple[Score, str] | None, metric: Metric) -> bool:
 
 def _unscored(metric: Metric, reason: str) -> Score:
     return Score(metric.name, None, "code", reason=reason[:500])
+
+
+def _ended(status: str, error: str | None) -> str:
+    """Why a run has nothing to be scored, in a line; where in which file it failed is in its trace."""
+    said = (error or "").strip().splitlines()
+    return f"{status}: {said[0]}" if said else f"the run is {status}"
 
 
 def _cut(metric: Metric, sample: Sample) -> frozenset[str]:
