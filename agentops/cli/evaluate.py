@@ -125,6 +125,7 @@ def evaluate(
         concurrency=concurrency,
         timeout_s=timeout,
         quiet=quiet,
+        as_json=as_json,
     )
     if any(compare):
         report = work.comparison(compare, common=common)
@@ -166,6 +167,7 @@ class _Work:
     concurrency: int
     timeout_s: float
     quiet: bool
+    as_json: bool
 
     def recorded(self, ids: Sequence[str], thread: str | None, since: str | None, graph: str | None) -> Report:
         """Scores runs as they are on record."""
@@ -319,7 +321,7 @@ class _Work:
 
     @contextlib.contextmanager
     def _opened(self, kept: Mapping[str, Any]) -> Iterator[tuple[Runtime, Tracer, Callable[[int, int], None]]]:
-        from agentops.cli.progress import stages
+        from agentops.cli.progress import counted, stages
         from agentops.clock import SystemClock, UlidSource
         from agentops.settings import load_settings
         from agentops.tracer import open_tracer
@@ -334,8 +336,8 @@ class _Work:
                 clock = SystemClock()
                 tracer = open_tracer(settings, clock=clock, ids=UlidSource(clock))
                 progress("start", 1, 1)
-                with stages("evaluation", quiet=self.quiet) as tell, contextlib.closing(tracer):
-                    yield runtime, tracer, lambda done, total: tell("cases", done, total)
+                with counted("cases", quiet=self.quiet or self.as_json) as tell, contextlib.closing(tracer):
+                    yield runtime, tracer, tell
 
     def _say(self, tally: Any) -> None:
         parts = [f"{tally.cases} cases", f"{tally.run} run now", f"{tally.judged} judged now"]

@@ -1,8 +1,9 @@
-"""Progress on standard error, for work that is told in stages (getting a model ready)."""
+"""Progress on standard error, for work that is told in stages (getting a model ready) or by count (cases of an evaluation)."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
 
 Stages = Callable[[str, int, int], None]
 """Called with the stage, what is done of it and its total; a total of 0 stands for unknown."""
+
+Count = Callable[[int, int], None]
+"""Called with how many are done and how many there are."""
+
+AFTER_S = 2.0
+"""What is over sooner shows no count."""
 
 _WORDS = {
     "start": "starting",
@@ -58,6 +65,39 @@ def stages(title: str = "model", *, quiet: bool = False) -> Iterator[Stages]:
     finally:
         if current:
             shown.end()
+
+
+@contextmanager
+def counted(noun: str, *, quiet: bool = False) -> Iterator[Count]:
+    """A bar that appears `AFTER_S` seconds after it was first told and goes at the end; nothing where standard error is no
+    terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(noun, total=None)
+    begin = threading.Timer(AFTER_S, bar.start)
+    begin.daemon = True
+    begun = False
+
+    def tell(done: int, total: int) -> None:
+        nonlocal begun
+        bar.update(task, completed=done, total=total)
+        if not begun:
+            begun = True
+            begin.start()
+
+    try:
+        yield tell
+    finally:
+        if begun:
+            begin.cancel()
+            begin.join()
+            bar.stop()
 
 
 class _Shown(Protocol):

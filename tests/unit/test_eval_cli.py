@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from agentops import Runtime, Settings
-from agentops.cli import main
+from agentops.cli import main, progress
 from agentops.cli.evaluate import _experiment_names, _metric_names
 from agentops.store import open_store
 from agentops.tracer import catch_up
@@ -87,6 +89,33 @@ def test_an_experiment_and_its_report_in_every_form(cli: Cli) -> None:
     (arm,) = json.loads(again.out)["arms"]
     assert [case["id"] for case in arm["cases"]] == [f"c{n}" for n in range(6)]
     assert "| exact |" in cli("eval", "--resume", "loud", "--markdown", "--quiet").out.replace("`", "")
+
+
+class Terminal(io.StringIO):
+    """What stands in for standard error of a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_takes_long_shows_how_many_cases_are_done(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
+    def shown(after_s: float, *more: str) -> str:
+        monkeypatch.setattr(progress, "AFTER_S", after_s)
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stderr", screen := Terminal())
+            assert experiment(cli, "loud", *more).code == 0
+        return screen.getvalue()
+
+    assert "/6 cases" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(0.0))
+    for silent in (shown(60.0), shown(0.0, "--json"), shown(0.0, "--quiet")):
+        assert "/6" not in silent
+    assert shown(0.0, "--quiet") == ""
+    monkeypatch.setattr(progress, "AFTER_S", 0.0)
+    told = experiment(cli, "loud").err
+    assert "/6" not in told, "standard error is no terminal"
+    assert "6 cases, 6 run now" in told
 
 
 def test_two_experiments_are_compared(cli: Cli) -> None:
