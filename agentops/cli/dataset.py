@@ -15,6 +15,7 @@ from agentops.errors import RunNotFound, UsageError
 if TYPE_CHECKING:
     from agentops.store import RunRow, Store
     from evals.datasets import Case
+    from evals.report import Bar
 
 _MOST_RUNS = 100_000
 
@@ -54,10 +55,10 @@ def from_runs(
     thread: Annotated[str | None, typer.Option("--thread", "-t", help="All runs of this thread.")] = None,
     since: Annotated[str | None, typer.Option(help="Runs recorded since: 30m, 1h, 7d, or 2026-11-01.")] = None,
     graph: Annotated[str | None, typer.Option("--graph", "-g", help="Only runs of this graph.")] = None,
-    scored_below: Annotated[
+    worse_than: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME=NUMBER", help="Only runs whose latest score of this name is lower; their answers are left out."
+            metavar="NAME=NUMBER", help="Only runs whose latest score of this name is worse; their answers are left out."
         ),
     ] = None,
     answers: Annotated[
@@ -68,9 +69,9 @@ def from_runs(
     """Make cases from recorded runs: what was asked, answered, retrieved and called. Look them over before you trust them."""
     from evals.datasets import dataset_of, to_jsonl
 
-    bar = _below(scored_below) if scored_below else None
+    bar = _bar(worse_than) if worse_than else None
     if not (runs or thread or since or bar):
-        raise UsageError("no runs are named", hint="give ids, --thread, --since or --scored-below")
+        raise UsageError("no runs are named", hint="give ids, --thread, --since or --worse-than")
     if output is not None and output.exists():
         raise UsageError(f"{output} is there already", hint="name another file, or remove it")
     cases: list[Case] = []
@@ -82,7 +83,7 @@ def from_runs(
                 thread=thread, since_ns=_since(since), graph=_reference(graph) if graph else None, limit=_MOST_RUNS
             )
             chosen |= {run.id: run for run in reversed(found)}
-        chosen = {key: run for key, run in chosen.items() if bar is None or _is_below(store, key, bar)}
+        chosen = {key: run for key, run in chosen.items() if bar is None or _is_worse(store, key, bar)}
         if not chosen:
             raise RunNotFound("no recorded run is meant", hint="list them with: agentops runs")
         for run in chosen.values():
@@ -142,16 +143,20 @@ def _threads(cases: list[Case], threads: dict[str, str]) -> list[Case]:
     return [replace(case, thread=threads[case.id]) if shared[threads[case.id]] > 1 else case for case in cases]
 
 
-def _below(text: str) -> tuple[str, float]:
+def _bar(text: str) -> Bar:
     from evals.report import parse_bars
 
     try:
         (bar,) = parse_bars([text])
     except UsageError:
-        raise UsageError(f"'{text}' is no bar for a score", hint="write it as: --scored-below faithfulness=.5") from None
-    return bar.metric, bar.value
+        raise UsageError(f"'{text}' is no bar for a score", hint="write it as: --worse-than faithfulness=.5") from None
+    return bar
 
 
-def _is_below(store: Store, run_id: str, bar: tuple[str, float]) -> bool:
-    values = [one.score.value for one in store.scores(run=run_id, name=bar[0]) if one.score.value is not None]
-    return bool(values) and values[-1] < bar[1]
+def _is_worse(store: Store, run_id: str, bar: Bar) -> bool:
+    """Of what people score, and of what no metric is called, more is better."""
+    from evals.metrics.registry import ENTRIES
+
+    values = [one.score.value for one in store.scores(run=run_id, name=bar.metric) if one.score.value is not None]
+    low = bar.metric in ENTRIES and ENTRIES[bar.metric].better == "low"
+    return bool(values) and (values[-1] > bar.value if low else values[-1] < bar.value)

@@ -30,7 +30,7 @@ async def computed(judge: Judge, sample: Sample, given: Any) -> Any:
     """
     answer = _ANSWERS.get(type(given).__name__)
     if answer is None:
-        raise JudgeFailed("the model is too small to be asked, and this verdict cannot be computed")
+        raise JudgeFailed("it must be one that can be asked; name a server in judge.url and its model in judge.model")
     return await answer(judge, sample, given)
 
 

@@ -233,12 +233,31 @@ def test_a_dataset_is_checked_and_made_from_runs(cli: Cli) -> None:
     assert sorted((row["question"], row["answer"]) for row in rows) == [(f"Word {n}", f"word {n}") for n in range(6)]
     assert cli("dataset", "check", "made.jsonl").code == 0
     assert cli("dataset", "from-runs", "--since", "1h", "--output", "made.jsonl").code == 2
-    below = cli("dataset", "from-runs", "--scored-below", "exact=.5")
+    below = cli("dataset", "from-runs", "--worse-than", "exact=.5")
     assert len(below.out.splitlines()) == 6
     assert "answer" not in json.loads(below.out.splitlines()[0])
-    assert cli("dataset", "from-runs", "--scored-below", "exact=0").code == 1
+    assert cli("dataset", "from-runs", "--worse-than", "exact=0").code == 1
     assert cli("dataset", "from-runs").code == 2
     assert experiment(cli, "calm", "--dataset", "made.jsonl", "--fail-under", "exact=1").code == 0
+
+
+def test_worse_is_more_where_less_is_better(cli: Cli, settings: Settings) -> None:
+    experiment(cli, "loud", "--quiet")
+    with open_store(settings) as store:
+        runs = [run.id for run in store.runs(limit=6)]
+    for run, value in zip(runs, (0.1, 0.5, 0.9), strict=False):
+        assert cli("score", run, "hallucination", str(value)).code == 0
+        assert cli("score", run, "helpful", str(value)).code == 0
+
+    def worse(bar: str) -> set[str]:
+        done = cli("dataset", "from-runs", "--worse-than", bar)
+        return {json.loads(line)["id"] for line in done.out.splitlines()}
+
+    assert worse("hallucination=.5") == {runs[2]}
+    assert worse("helpful=.5") == {runs[0]}
+    assert worse("helpful=.95") == set(runs[:3]), "a run without a score is not worse"
+    wrong = cli("dataset", "from-runs", "--worse-than", "helpful")
+    assert (wrong.code, "--worse-than faithfulness=.5" in wrong.err) == (2, True)
 
 
 PROMPTED = """
