@@ -125,8 +125,9 @@ async def supports(engine: Engine, claims: Sequence[str], source: str, question:
         return []
     parts = [" ".join((claim.rstrip(" .!;:") or claim)[:CLAIM_CHARACTERS].split()) for claim in claims]
     without, given = await asyncio.to_thread(prompts, source, question, parts)
-    alone, informed = await _scored(engine, parts, without), await _scored(engine, parts, given)
-    counts = await _token_counts(engine, parts)
+    alone, informed, counts = await asyncio.gather(
+        _scored(engine, parts, without), _scored(engine, parts, given), _token_counts(engine, parts)
+    )
 
     def measured() -> list[Support]:
         return [
