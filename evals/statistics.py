@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,9 +32,6 @@ JACKKNIFE = 2_000
 """Above so many clusters the bootstrap's correction for skewness, whose cost is their square, no longer changes its interval."""
 
 MCNEMAR, PERMUTATION = "exact McNemar", "sign-flip permutation"
-
-Agreeing = Literal["nominal", "ordinal", "interval"]
-"""What a rating's distance from another is. nominal: the same or not.  ordinal: by rank.  interval: their difference, squared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +86,18 @@ class Calibration:
 
 
 def estimate(
-    values: Sequence[float], clusters: Sequence[Hashable] | None = None, *, level: float = 0.95, seed: int = 0
+    values: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    binary: bool = False,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Interval:
-    """The mean of `values` with its interval: as a `rate` where all are 0 or 1, else as a `mean`."""
-    if values and all(value in (0, 1) for value in values):
+    """The mean of `values` with its interval: as a `rate` where what they measure is `binary`, else as a `mean`.
+
+    That all happen to be 0 or 1 does not make them binary: the next one may lie between.
+    """
+    if binary and _zeros_and_ones(values):
         return rate(values, clusters, level=level)
     return mean(values, clusters, level=level, seed=seed)
 
@@ -147,10 +152,11 @@ def paired(
     second: Sequence[float],
     clusters: Sequence[Hashable] | None = None,
     *,
+    binary: bool = False,
     level: float = 0.95,
     seed: int = 0,
 ) -> Paired:
-    """Compares two measurements of the same cases, which are given in the same order.
+    """Compares two measurements of the same cases, which are given in the same order. `binary` is as for `estimate`.
 
     The difference of two rates has the interval of Bonett and Price (2012), that of means, and of whatever is clustered, the
     bootstrap's; for `p` and `test` see `chance`.
@@ -159,13 +165,13 @@ def paired(
         ValueError: the two are not of one length.
     """
     n = len(first)
-    p, test = chance(first, second, clusters, seed=seed)
+    p, test = chance(first, second, clusters, binary=binary, seed=seed)
     differences = [after - before for before, after in zip(first, second, strict=True)]
     higher, lower = sum(one > 0 for one in differences), sum(one < 0 for one in differences)
     shift = _shift(higher, lower, n, level) if test == MCNEMAR else mean(differences, clusters, level=level, seed=seed)
     return Paired(
-        first=estimate(first, clusters, level=level, seed=seed),
-        second=estimate(second, clusters, level=level, seed=seed),
+        first=estimate(first, clusters, binary=binary, level=level, seed=seed),
+        second=estimate(second, clusters, binary=binary, level=level, seed=seed),
         difference=shift,
         p=p,
         test=test,
@@ -176,13 +182,18 @@ def paired(
 
 
 def chance(
-    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None, *, seed: int = 0
+    first: Sequence[float],
+    second: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    binary: bool = False,
+    seed: int = 0,
 ) -> tuple[float | None, str]:
     """How likely a difference at least as big, either way, would be if both were alike; and by which test.
 
-    Zeros and ones: McNemar's exact test. Other values, and all that share clusters: a permutation test, which flips the signs of
-    the clusters' differences, in all ways where they are few, else at random. McNemar's is the same test, with the ways
-    counted. None below two clusters.
+    Where what is measured is `binary`: McNemar's exact test. Else, and for all that share clusters: a permutation test, which
+    flips the signs of the clusters' differences, in all ways where they are few, else at random. McNemar's is the same test,
+    with the ways counted. None below two clusters.
 
     Raises:
         ValueError: the two are not of one length.
@@ -194,7 +205,7 @@ def chance(
     sums, counts = _grouped(differences, clusters)
     if why := _too_few(n, len(counts)):
         return None, f"none: {why if n else 'no pairs'}"
-    if len(counts) == n and all(value in (0, 1) for value in (*first, *second)):
+    if binary and len(counts) == n and _zeros_and_ones((*first, *second)):
         from scipy.stats import binomtest
 
         changed = sum(one != 0 for one in differences)
@@ -214,10 +225,9 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def agreement(
-    ratings: Sequence[Sequence[float | None]], scale: Agreeing = "interval", *, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """Krippendorff's alpha: 1 is perfect agreement, 0 that of chance, below 0 systematic disagreement.
+def agreement(ratings: Sequence[Sequence[float | None]], *, level: float = 0.95, seed: int = 0) -> Interval:
+    """Krippendorff's alpha of numbers: 1 is perfect agreement, 0 that of chance, below 0 systematic disagreement. How far two
+    are apart is their difference, squared; of zeros and ones that is whether they are the same.
 
     `ratings` has a row for each rater and in it a value for each unit, None where that rater gave none. Units with fewer than two
     ratings say nothing and are left out. `value` is None where all ratings are the same: nothing could have disagreed. The
@@ -239,26 +249,16 @@ def agreement(
     counts = np.zeros((n, len(values)))
     for place, unit in enumerate(units):
         np.add.at(counts[place], np.searchsorted(values, np.array(unit)), 1)
-
-    def within(place: Floats) -> Floats:
-        apart: Floats = _disagreement(counts, place, scale) / (counts.sum(axis=-1) - 1)
-        return apart
+    # Distances are the same from anywhere, and the squares of large numbers have no room for them.
+    values = values - values.mean()
+    within = _disagreement(counts, values) / (counts.sum(axis=-1) - 1)
 
     def alpha(weights: Floats) -> Floats:
         """`weights` (..., units) say how often each unit counts."""
         totals = weights @ counts
-        size = totals.sum(axis=-1)
-        place = np.cumsum(totals, axis=-1) - totals / 2 if scale == "ordinal" else np.broadcast_to(values, totals.shape)
-        expected = _disagreement(totals, place, scale) / np.maximum(size - 1, 1)
-        if scale == "ordinal":  # a rank depends on which units are drawn
-            observed = np.array(
-                [one @ within(ranks) for one, ranks in zip(np.atleast_2d(weights), np.atleast_2d(place), strict=True)]
-            )
-            observed = observed.reshape(size.shape)
-        else:
-            observed = weights @ within(values)
+        expected = _disagreement(totals, values) / np.maximum(totals.sum(axis=-1) - 1, 1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            found: Floats = np.where(expected > 0, 1 - observed / expected, 1.0)
+            found: Floats = np.where(expected > 0, 1 - weights @ within / expected, 1.0)
         return found
 
     value = float(alpha(np.ones(n)))
@@ -351,8 +351,8 @@ def _flipped(sums: Floats, seed: int) -> float:
     from scipy.stats import permutation_test
 
     moved = sums[sums != 0]  # the others are the same however they are flipped
-    if not len(moved):
-        return 1.0
+    if len(moved) < 2:
+        return 1.0  # of one, both ways to flip it are as far
     found = permutation_test(
         (moved,),
         lambda one, axis: one.sum(axis=axis),
@@ -377,14 +377,14 @@ def _shift(higher: int, lower: int, n: int, level: float) -> Interval:
     return Interval((higher - lower) / n, low, high, n, n, "Bonett-Price")
 
 
-def _disagreement(counts: Floats, place: Floats, scale: Agreeing) -> Floats:
+def _disagreement(counts: Floats, values: Floats) -> Floats:
     """Sum of the distances of all ordered pairs, of `counts` (..., values) ratings each."""
-    size = counts.sum(axis=-1)
-    if scale == "nominal":
-        apart: Floats = size**2 - (counts**2).sum(axis=-1)
-    else:
-        apart = 2 * (size * (counts * place**2).sum(axis=-1) - (counts * place).sum(axis=-1) ** 2)
+    apart: Floats = 2 * (counts.sum(axis=-1) * (counts * values**2).sum(axis=-1) - (counts * values).sum(axis=-1) ** 2)
     return apart
+
+
+def _zeros_and_ones(values: Sequence[float]) -> bool:
+    return all(value in (0, 1) for value in values)
 
 
 def _resamples(size: int) -> int:

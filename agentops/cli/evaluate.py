@@ -372,7 +372,7 @@ def _behind(store: Store) -> dict[str, Any]:
         return [line.plain for line in trace_tree(store.spans(run_id), 110)]
 
     scales = {
-        one.name: Scale(low=one.low, high=one.high if math.isfinite(one.high) else None, better=one.better)
+        one.name: Scale(one.low, one.high if math.isfinite(one.high) else None, one.better, one.binary)
         for one in ENTRIES.values()
     }
     return {"scales": scales, "sample": Samples(store), "trace": trace}

@@ -58,10 +58,12 @@ def tui(
     app.run()
 
 
-def _interval(values: Sequence[float], threads: Sequence[str]) -> tuple[float, float] | None:
+def _interval(name: str, values: Sequence[float], threads: Sequence[str]) -> tuple[float, float] | None:
+    from evals.metrics.registry import ENTRIES
+    from evals.report.build import THUMBS
     from evals.statistics import estimate
 
-    found = estimate(values, threads)
+    found = estimate(values, threads, binary=name == THUMBS or (name in ENTRIES and ENTRIES[name].binary))
     return None if found.low is None or found.high is None else (found.low, found.high)
 
 

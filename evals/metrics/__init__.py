@@ -6,7 +6,8 @@ the reason. Which samples are scored, and in what order, is not decided here.
 
 from __future__ import annotations
 
-from typing import Protocol
+import json
+from typing import Any, Protocol
 
 from agentops.records import Score
 from evals.samples import Sample
@@ -17,6 +18,19 @@ NO_REFERENCE = "no_reference"
 
 class Unscored(Exception):
     """There is nothing to be scored; the message is the reason."""
+
+
+def in_one_form(value: Any) -> str:
+    """Arguments of a tool as JSON that is the same for equal ones: keys are sorted, and a whole number has no decimal point."""
+    return json.dumps(_whole(value), sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _whole(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Metric(Protocol):

@@ -20,7 +20,7 @@ from agentops import schema
 from agentops.grounding import coverage, numbers_missing
 from agentops.records import Score, ToolCall, content_hash
 from agentops.text import split_sentences
-from evals.metrics import NO_REFERENCE, Metric, Unscored
+from evals.metrics import NO_REFERENCE, Metric, Unscored, in_one_form
 from evals.prices import Price
 from evals.samples import Sample
 
@@ -35,6 +35,7 @@ PATTERN_CHARACTERS = 1_000
 
 _MARK = re.compile(r"\[(\d{1,9}(?:\s?,\s?\d{1,9})*)\]")
 _MARKS_AFTER_STOP = re.compile(r"(?m)(?<!^\d)(?<!^\d\d)([.!?…])((?:\s{0,2}\[\d{1,9}(?:\s?,\s?\d{1,9})*\])+)")
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
 _SHOWN = 20
 
 
@@ -75,15 +76,15 @@ def native_metrics(ks: Sequence[int] = (5, 10), prices: Mapping[str, Price] | No
     prices = dict(prices or {})
     priced = f" {content_hash(repr(sorted(prices.items())))[3:11]}" if prices else ""
     metrics = [
-        NativeMetric("citations_resolve", citations_resolve),
-        NativeMetric("citations_support", citations_support),
+        NativeMetric("citations_resolve", citations_resolve, version="2"),
+        NativeMetric("citations_support", citations_support, version="2"),
         *(NativeMetric(f"recall_at_{k}", partial(recall, k=k)) for k in ks),
         *(NativeMetric(f"ndcg_at_{k}", partial(ndcg, k=k)) for k in ks),
         NativeMetric("mrr", reciprocal_rank),
         *(NativeMetric(f"trajectory_{mode}", partial(trajectory, fits=fits)) for mode, fits in TRAJECTORIES.items()),
-        NativeMetric("json_schema", json_schema),
+        NativeMetric("json_schema", json_schema, version="2"),
         NativeMetric("exact", exact),
-        NativeMetric("regex", regex),
+        NativeMetric("regex", regex, version="2"),
         NativeMetric("latency_ms", latency, high=math.inf, better="low"),
         NativeMetric("tokens", tokens, high=math.inf, better="low"),
         NativeMetric("cost", partial(cost, prices=prices), high=math.inf, better="low", version=f"2{priced}"),
@@ -125,9 +126,15 @@ def citations_support(sample: Sample) -> Measured:
 
 
 def _citing(sample: Sample) -> list[tuple[str, list[str]]]:
-    """The sentences that cite something, without the marks, and the numbers that they cite."""
+    """The sentences that cite something, without the marks, and the numbers that they cite. Numbers in code are no citations, nor
+    are those of an output that has no list of sources at all."""
+    output = sample.output if isinstance(sample.output, Mapping) else {}
+    if not sample.answer.strip():
+        raise Unscored("no answer")
+    if not sample.cited and not isinstance(output.get("sources"), list):
+        raise Unscored("the output has no sources")
     # A mark behind a full stop belongs to the sentence before it.
-    answer = _MARKS_AFTER_STOP.sub(r"\2\1 ", _answer(sample))
+    answer = _MARKS_AFTER_STOP.sub(r"\2\1 ", _CODE.sub(lambda code: _MARK.sub(" ", code[0]), _read(sample)))
     found = []
     for sentence in split_sentences(answer):
         numbers = [number.strip() for marks in _MARK.findall(sentence) for number in marks.split(",")]
@@ -208,16 +215,7 @@ def trajectory(sample: Sample, fits: Callable[[list[str], list[str]], bool]) -> 
 
 
 def _written(call: ToolCall) -> str:
-    return f"{call.name}({json.dumps(_plain(call.arguments), sort_keys=True, ensure_ascii=False, default=str)})"
-
-
-def _plain(value: Any) -> Any:
-    """A whole number is the same with and without a decimal point."""
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return f"{call.name}({in_one_form(call.arguments)})"
 
 
 # --- form ---
@@ -231,7 +229,7 @@ def json_schema(sample: Sample) -> Measured:
     output = sample.output
     if output is None:
         try:
-            output = json.loads(_answer(sample))
+            output = json.loads(_read(sample))
         except (ValueError, RecursionError) as error:
             return Measured(0.0, f"the answer is no JSON: {error}")
     said = schema.violation(dict(wanted), output)
@@ -251,23 +249,17 @@ def exact(sample: Sample) -> Measured:
 def regex(sample: Sample) -> Measured:
     """Whether the answer has a match of the pattern, anywhere where it is not anchored.
 
-    Patterns are those of Rust's `regex`: matched in time linear to the answer, so that no pattern hangs; in return there are
-    no look-around and no back references.
+    Patterns are those of `agentops.schema`, which cannot hang.
     """
-    from pydantic_core import SchemaError, SchemaValidator, core_schema
-
     pattern = sample.reference.pattern
     if pattern is None:
         raise Unscored(NO_REFERENCE)
     if len(pattern) > PATTERN_CHARACTERS:
         raise Unscored(f"the pattern has {len(pattern):,} characters; at most {PATTERN_CHARACTERS:,} are taken")
-    answer = _answer(sample)
     try:
-        matcher = SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
-    except SchemaError as error:
-        why = " ".join(str(error).partition("SchemaError: ")[2].split()) or str(error)
-        raise Unscored(f"the pattern cannot be used: {why}"[:500]) from error
-    return Measured(float(matcher.isinstance_python(answer)))
+        return Measured(float(schema.matcher(pattern)(_read(sample))))
+    except schema.PatternInvalid as error:
+        raise Unscored(str(error)) from error
 
 
 # --- effort ---
@@ -305,9 +297,7 @@ def _known(value: float) -> float:
     return float(value)
 
 
-def _answer(sample: Sample) -> str:
-    if not sample.answer.strip():
-        raise Unscored("no answer")
+def _read(sample: Sample) -> str:
     if len(sample.answer) > ANSWER_CHARACTERS:
         raise Unscored(f"the answer has {len(sample.answer):,} characters; at most {ANSWER_CHARACTERS:,} are read")
     return sample.answer

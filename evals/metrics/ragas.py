@@ -22,7 +22,7 @@ from agentops.errors import AgentOpsError, UsageError
 from agentops.records import Score
 from agentops.text import split_sentences
 from evals.judge import Judge, JudgeFailed, Schema
-from evals.metrics import NO_REFERENCE, Metric, Unscored
+from evals.metrics import NO_REFERENCE, Metric, Unscored, in_one_form
 from evals.samples import Sample
 from evals.support import load_weights
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SMALL_CONTEXT = 16_384
 """Tokens of context below which prompts go without their examples, which makes them a third as long."""
 
-_VERSION = "1"
+_VERSION = "2"
 _TOLERANCE = 1e-6
 _BINARY = ("verdict", "attributed", "noncommittal")
 _SHOWN, _TEXT = 50, 500
@@ -66,27 +66,32 @@ class Kind:
     check: Callable[[Sequence[Mapping[str, Any]]], None] = lambda answers: None
 
 
-def ragas_metrics(judge: Judge, embedder: Embedder) -> dict[str, Metric]:
-    """All of them, by name.
+def ragas_metrics(judge: Judge | None, embedder: Embedder | None) -> dict[str, Metric]:
+    """All of them, by name; without a judge or an embedder those that need none.
 
     Raises:
         UsageError: ragas is not installed.
     """
     if util.find_spec("ragas") is None:
         raise UsageError("ragas is not installed", hint="install it with: pip install 'agentops-runtime[evals]'")
-    return {kind.name: RagasMetric(kind, judge, embedder) for kind in KINDS}
+    return {
+        kind.name: RagasMetric(kind, judge if kind.judged else None, embedder if kind.embeds else None)
+        for kind in KINDS
+        if (judge or not kind.judged) and (embedder or not kind.embeds)
+    }
 
 
 class RagasMetric:
-    """A `Metric` of ragas'. Its version names the judge: scores of two judges are scores of two metrics."""
+    """A `Metric` of ragas', with the judge and the embedder that it needs. Its version names the judge: scores of two judges are
+    scores of two metrics."""
 
     better = "high"
 
-    def __init__(self, kind: Kind, judge: Judge, embedder: Embedder) -> None:
+    def __init__(self, kind: Kind, judge: Judge | None, embedder: Embedder | None) -> None:
         self._kind, self._judge, self._embedder = kind, judge, embedder
-        measured = f" {load_weights().identity}" if judge.how == "computed" else ""
-        judged = f" {judge.identity}{measured}" if kind.judged else ""
-        embedded = f" {embedder.name} {embedder.revision}" if kind.embeds else ""
+        measured = f" {load_weights().identity}" if judge is not None and judge.how == "computed" else ""
+        judged = f" {judge.identity}{measured}" if judge is not None else ""
+        embedded = f" {embedder.name} {embedder.revision}" if embedder is not None else ""
         self.name, self.low, self.high = kind.name, kind.low, kind.high
         self.version = f"{_VERSION} ragas {metadata.version('ragas')}{judged}{embedded}"
 
@@ -114,11 +119,11 @@ class RagasMetric:
         _ragas = await asyncio.to_thread(import_module, "evals.metrics._ragas")
         arguments = self._kind.arguments(sample)
         parts: dict[str, Any] = dict(self._kind.options)
-        if self._kind.judged:
+        if self._judge is not None:
             parts["llm"] = _ragas.Respondent(asked.answer)
-        if self._kind.embeds:
+        if self._embedder is not None:
             parts["embeddings"] = _ragas.Embeddings(self._embedder)
-        room = self._judge.context_tokens
+        room = self._judge.context_tokens if self._judge is not None else None
         metric = getattr(_ragas.collections, self._kind.ragas)(**parts)
         _ragas.prepare(metric, examples=room is None or room >= SMALL_CONTEXT)
         return float((await metric.ascore(**arguments)).value)
@@ -139,17 +144,17 @@ class RagasMetric:
 
     @property
     def _judged(self) -> str:
-        return self._judge.how if self._kind.judged else ""
+        return self._judge.how if self._judge is not None else ""
 
     @property
     def _source(self) -> Any:
-        return "model" if self._kind.judged else "code"
+        return "model" if self._judge is not None else "code"
 
 
 class Questions:
     """The questions that one score asks of the judge, and what was answered."""
 
-    def __init__(self, judge: Judge, sample: Sample) -> None:
+    def __init__(self, judge: Judge | None, sample: Sample) -> None:
         self._judge, self._sample = judge, sample
         self.answers: list[dict[str, Any]] = []
 
@@ -158,6 +163,7 @@ class Questions:
         Raises:
             JudgeFailed, AgentOpsError, Unscored
         """
+        assert self._judge is not None
         if self._judge.how == "computed":
             from evals.metrics.ragas_computed import computed
 
@@ -174,7 +180,7 @@ class Questions:
     @property
     def details(self) -> dict[str, Any]:
         """The verdicts by claim, as far as there are any, and who gave them."""
-        if not self.answers:
+        if not self.answers or self._judge is None:
             return {}
         return {"judge": self._judge.name, "questions": len(self.answers), "verdicts": self._verdicts[:_SHOWN]}
 
@@ -339,8 +345,8 @@ def _calls(sample: Sample, *, surplus: bool) -> dict[str, Any]:
     names, expected = [call.name for call in made], [call.name for call in wanted]
     if surplus and names != expected:
         raise Settled(0.0, f"called {', '.join(names) or 'nothing'}; expected {', '.join(expected) or 'nothing'}"[:500])
-    given = [{name: _plain(value) for name, value in call.arguments.items()} for call in made]
-    asked = [{name: _plain(value) for name, value in call.arguments.items()} for call in wanted]
+    given = [{name: in_one_form(value) for name, value in call.arguments.items()} for call in made]
+    asked = [{name: in_one_form(value) for name, value in call.arguments.items()} for call in wanted]
     if surplus:
         for have, want in zip(given, asked, strict=False):
             want |= {name: "" for name in have if name not in want}
@@ -354,13 +360,6 @@ def _calls(sample: Sample, *, surplus: bool) -> dict[str, Any]:
     calls_made = [_ragas.ToolCall(name=call.name, args=one) for call, one in zip(made, given, strict=True)]
     calls_wanted = [_ragas.ToolCall(name=call.name, args=one) for call, one in zip(wanted, asked, strict=True)]
     return {"user_input": [_ragas.AIMessage(content="", tool_calls=calls_made)], "reference_tool_calls": calls_wanted}
-
-
-def _plain(value: Any) -> str:
-    """A value in one way of writing; a whole number is one however it is written."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
 
 
 def _some_topic(answers: Sequence[Mapping[str, Any]]) -> None:

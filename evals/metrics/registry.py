@@ -30,7 +30,8 @@ Group = Literal["native", "ragas", "hallucination", "toxicity"]
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A metric that can be made. `reads` are the fields of a sample that it depends on, `expects` those of the reference;
-    `own` says that it is taken without being asked for wherever these are there."""
+    `judged` says that a judge gives verdicts for it, `binary` that a case is at one of its bounds and never between, and `own`
+    that it is taken without being asked for wherever what it depends on is there."""
 
     name: str
     group: Group
@@ -39,6 +40,8 @@ class Entry:
     low: float = 0.0
     high: float = 1.0
     better: str = "high"
+    judged: bool = False
+    binary: bool = False
     own: bool = False
 
 
@@ -51,33 +54,33 @@ _SAID = "question answer contexts"
 ENTRIES: Mapping[str, Entry] = {
     entry.name: entry
     for entry in (
-        _entry("faithfulness", "ragas", _SAID, own=True),
-        _entry("answer_relevancy", "ragas", "question answer", own=True),
-        _entry("context_precision", "ragas", "question contexts", "answer"),
-        _entry("context_precision_without_reference", "ragas", _SAID),
-        _entry("context_recall", "ragas", "question contexts", "answer", own=True),
-        _entry("factual_correctness", "ragas", "question answer", "answer", own=True),
-        _entry("topic_adherence", "ragas", "messages tool_calls question answer", "topics", own=True),
-        _entry("agent_goal_accuracy", "ragas", "messages tool_calls question answer", "goal", own=True),
+        _entry("faithfulness", "ragas", _SAID, judged=True, own=True),
+        _entry("answer_relevancy", "ragas", "question answer", judged=True, own=True),
+        _entry("context_precision", "ragas", "question contexts", "answer", judged=True),
+        _entry("context_precision_without_reference", "ragas", _SAID, judged=True),
+        _entry("context_recall", "ragas", "question contexts", "answer", judged=True, own=True),
+        _entry("factual_correctness", "ragas", "question answer", "answer", judged=True, own=True),
+        _entry("topic_adherence", "ragas", "messages tool_calls question answer", "topics", judged=True, own=True),
+        _entry("agent_goal_accuracy", "ragas", "messages tool_calls question answer", "goal", judged=True, binary=True, own=True),
         _entry("tool_call_accuracy", "ragas", "tool_calls", "trajectory"),
         _entry("tool_call_f1", "ragas", "tool_calls", "trajectory", own=True),
-        _entry("rubric", "ragas", "question answer contexts", "rubric", low=1.0, high=5.0, own=True),
-        _entry("hallucination", "hallucination", _SAID, better="low", own=True),
+        _entry("rubric", "ragas", "question answer contexts", "rubric", low=1.0, high=5.0, judged=True, own=True),
+        _entry("hallucination", "hallucination", _SAID, better="low", judged=True, own=True),
         _entry("toxicity", "toxicity", "answer", better="low", own=True),
-        _entry("citations_resolve", "native", "answer cited contexts", own=True),
-        _entry("citations_support", "native", "answer cited contexts", own=True),
+        _entry("citations_resolve", "native", "answer cited contexts output", own=True),
+        _entry("citations_support", "native", "answer cited contexts output", own=True),
         _entry("recall_at_5", "native", "contexts", "contexts", own=True),
         _entry("recall_at_10", "native", "contexts", "contexts"),
         _entry("ndcg_at_5", "native", "contexts", "contexts"),
         _entry("ndcg_at_10", "native", "contexts", "contexts", own=True),
         _entry("mrr", "native", "contexts", "contexts", own=True),
-        _entry("trajectory_strict", "native", "tool_calls", "trajectory", own=True),
-        _entry("trajectory_unordered", "native", "tool_calls", "trajectory"),
-        _entry("trajectory_subset", "native", "tool_calls", "trajectory"),
-        _entry("trajectory_superset", "native", "tool_calls", "trajectory"),
-        _entry("json_schema", "native", "output answer", "schema", own=True),
-        _entry("exact", "native", "answer", "answer"),
-        _entry("regex", "native", "answer", "pattern", own=True),
+        _entry("trajectory_strict", "native", "tool_calls", "trajectory", binary=True, own=True),
+        _entry("trajectory_unordered", "native", "tool_calls", "trajectory", binary=True),
+        _entry("trajectory_subset", "native", "tool_calls", "trajectory", binary=True),
+        _entry("trajectory_superset", "native", "tool_calls", "trajectory", binary=True),
+        _entry("json_schema", "native", "output answer", "schema", binary=True, own=True),
+        _entry("exact", "native", "answer", "answer", binary=True),
+        _entry("regex", "native", "answer", "pattern", binary=True, own=True),
         _entry("latency_ms", "native", "", high=math.inf, better="low", own=True),
         _entry("tokens", "native", "", high=math.inf, better="low", own=True),
         _entry("cost", "native", "", high=math.inf, better="low"),
@@ -117,14 +120,13 @@ def fitting(references: Iterable[Reference]) -> tuple[str, ...]:
 
 def needs_model(names: Iterable[str], settings: Settings) -> bool:
     """Whether one of these metrics needs the engine: to be asked, or to find things likely."""
-    groups = {ENTRIES[name].group for name in names}
     asks_elsewhere = bool(settings.judge.url) and settings.judge.how != "computed"
-    return "hallucination" in groups or ("ragas" in groups and not asks_elsewhere)
+    return any(ENTRIES[name].group == "hallucination" or (ENTRIES[name].judged and not asks_elsewhere) for name in names)
 
 
 def needs_embedder(names: Iterable[str]) -> bool:
     """Whether one of these metrics compares vectors."""
-    return any(ENTRIES[name].group != "native" for name in names)
+    return any(ENTRIES[name].judged or ENTRIES[name].group == "toxicity" for name in names)
 
 
 @asynccontextmanager
@@ -143,7 +145,7 @@ async def make_metrics(
     wanted = chosen(names)
     groups = {ENTRIES[name].group for name in wanted}
     judge = None
-    if groups & {"ragas", "hallucination"}:
+    if any(ENTRIES[name].judged for name in wanted):
         # The same judge for whatever is asked for, since the versions of the metrics name it.
         judge = open_judge(settings, engine() if needs_model(wanted, settings) else None, embedder())
     try:
@@ -164,8 +166,7 @@ async def make_metrics(
         if "ragas" in groups:
             from evals.metrics.ragas import ragas_metrics
 
-            assert judge is not None
-            made |= ragas_metrics(judge, embedder())
+            made |= ragas_metrics(judge, embedder() if needs_embedder(wanted) else None)
         yield [made[name] for name in wanted]
     finally:
         if judge is not None:

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 
 from agentops.errors import UsageError
 from agentops.text import one_line
+from evals.metrics import NO_REFERENCE
 from evals.report.model import Report
+
+MOST_UNSCORED = 0.05
+"""Share of the cases a metric was asked about that may have no score: the mean of the others says little where more are missing.
+A case without the reference that the metric needs does not count, since it could not be asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,8 @@ def parse_bars(texts: Iterable[str]) -> tuple[Bar, ...]:
 
 
 def failures(report: Report, bars: Iterable[Bar]) -> tuple[str, ...]:
-    """What is not reached, a line each; of two experiments the second is held to it. The mean is compared, not its interval."""
+    """What is not reached, a line each; of two experiments the second is held to it. The mean is compared, not its interval. A
+    metric that left more than `MOST_UNSCORED` without a score has reached nothing."""
     return tuple(line for bar in bars if (line := _failure(report, bar)))
 
 
@@ -59,6 +65,11 @@ def _failure(report: Report, bar: Bar) -> str:
     if value is None:
         why = ", ".join(f"{one_line(reason, 80)}: {number}" for reason, number in found.unscored.items())
         return f"{name} has no score in {found.asked} {'case' if found.asked == 1 else 'cases'} ({why})"
+    missing = {reason: number for reason, number in found.unscored.items() if reason != NO_REFERENCE}
+    asked = found.scored + sum(missing.values())
+    if sum(missing.values()) > MOST_UNSCORED * asked:
+        why = ", ".join(f"{one_line(reason, 80)}: {number}" for reason, number in missing.items())
+        return f"{name} was scored in {found.scored} of {asked} cases ({why}); at most {MOST_UNSCORED:.0%} may have no score"
     low = found.scale.better == "low"
     if value <= bar.value if low else value >= bar.value:
         return ""

@@ -29,7 +29,7 @@ from evals.report.model import (
     Verdict,
 )
 from evals.samples import Sample
-from evals.statistics import Agreeing, agreement, calibration, estimate, holm, paired
+from evals.statistics import Interval, agreement, calibration, estimate, holm, paired
 
 if TYPE_CHECKING:
     from agentops.store import CaseRow, ExperimentRow, ScoreRow, Store
@@ -68,7 +68,8 @@ def report_of(
 
     Every case of an experiment counts for every metric: one that has not run, or has failed, is unscored with that as its
     reason. Of runs each is a case, and the latest score of each metric counts. `scales` says of metrics, by name, what their
-    bounds are and which end is good; for those not in it more is better. The `worst` cases of each metric get their trace.
+    bounds are, whether there is something between, and which end is good; for those not in it more is better. The `worst` cases
+    of each metric get their trace.
 
     Raises:
         RecordError: there is no such experiment.
@@ -140,6 +141,13 @@ class _Reader:
     sample: SampleOf | None
     level: float
     seed: int
+
+    def _estimate(self, name: str, values: Sequence[float], threads: Sequence[str]) -> Interval:
+        binary = name == THUMBS or self._scale(name).binary
+        return estimate(values, threads, binary=binary, level=self.level, seed=self.seed)
+
+    def _scale(self, name: str) -> Scale:
+        return self.scales.get(name, Scale())
 
     def experiment(self, row: ExperimentRow) -> tuple[Arm, tuple[str, ...]]:
         given: dict[str, list[ScoreRow]] = {}
@@ -249,8 +257,8 @@ class _Reader:
         threads = [case.thread_id or case.id for case in cases if case.id in values]
         return MetricResult(
             name=name,
-            scale=self.scales.get(name, Scale()),
-            interval=estimate(list(values.values()), threads, level=self.level, seed=self.seed),
+            scale=self._scale(name),
+            interval=self._estimate(name, list(values.values()), threads),
             asked=len(cases),
             values=values,
             unscored=dict(unscored.most_common()),
@@ -271,24 +279,24 @@ class _Reader:
         judge = [score.value if (score := case.scores.get(name)) else None for case in cases]
         both = [place for place in rated if judge[place] is not None]
         rows = [[said[place].get(author) for place in both] for author in authors]
-        given = {value for place in rated for value in (judge[place], *said[place].values()) if value is not None}
-        scale: Agreeing = "nominal" if given <= {0.0, 1.0} else "interval"
-        among = agreement([[each.get(author) for each in said] for author in authors], scale, level=self.level, seed=self.seed)
-        judged = agreement([[judge[place] for place in both], *rows], scale, level=self.level, seed=self.seed) if both else None
+        among = agreement([[each.get(author) for each in said] for author in authors], level=self.level, seed=self.seed)
+        judged = agreement([[judge[place] for place in both], *rows], level=self.level, seed=self.seed) if both else None
         return PeopleResult(
             name=name,
             people=tuple(authors),
             cases=len(rated),
-            interval=estimate([math.fsum(each) / len(each) for each in votes], threads, level=self.level, seed=self.seed),
-            scale=scale,
+            interval=self._estimate(name, [math.fsum(each) / len(each) for each in votes], threads),
             judge=judged,
             among=among if among.clusters else None,
         )
 
     def _calibrated(self, metric: MetricResult, cases: Sequence[Case]) -> Calibrated | None:
-        if not all(0 <= value <= 1 for value in metric.values.values()):
+        """Of metrics known to lie between 0 and 1, as probabilities do, against what is known to be 0 or 1."""
+        if (metric.scale.low, metric.scale.high) != (0, 1) or not all(0 <= value <= 1 for value in metric.values.values()):
             return None
         for against in (metric.name, THUMBS):
+            if any(one.score.value not in (None, 0, 1) for case in cases for one in _answers(case, against)):
+                continue
             pairs = [
                 (metric.values[case.id], outcome)
                 for case in cases
@@ -304,9 +312,14 @@ class _Reader:
 
 def _outcome(case: Case, name: str) -> float | None:
     """What most people said of the whole answer, 1 or 0; None where nobody did, or as many each way."""
-    said = [one.score.value for one in case.people if one.score.name == name and not one.span_id]
-    votes = sum(1 if value == 1 else -1 for value in said if value in (0, 1))
+    said = [one.score.value for one in _answers(case, name)]
+    votes = sum(1 if value == 1 else -1 for value in said if value is not None)
     return None if not votes else float(votes > 0)
+
+
+def _answers(case: Case, name: str) -> list[PersonScore]:
+    """What people said under this name of the whole answer."""
+    return [one for one in case.people if one.score.name == name and not one.span_id]
 
 
 def _why_none(case: Case) -> str:
@@ -338,7 +351,8 @@ def _compared(first: Arm, second: Arm, level: float, seed: int) -> tuple[Compari
             notes.append(f"{name} was scored by different versions of the metric: a difference may be the metric's own")
         both = [key for key in ids if key in one.values and key in other.values]
         before, after = [one.values[key] for key in both], [other.values[key] for key in both]
-        test = paired(before, after, [threads[key] for key in both], level=level, seed=seed)
+        clusters = [threads[key] for key in both]
+        test = paired(before, after, clusters, binary=other.scale.binary, level=level, seed=seed)
         found.append(
             MetricDifference(
                 name=name,

@@ -21,12 +21,13 @@ _VERDICTS = {"better": "**better**", "worse": "**worse**", "not shown": "not sho
 def to_markdown(report: Report, *, worst: int = 5) -> str:
     """GitHub's Markdown, short enough for a comment; what does not fit is left out, and that is said."""
     lines: list[str] = []
-    size = 0
+    size, folded = 0, False
     for line in _lines(report, worst):
         size += len(line) + 1
         if size > LONGEST:
-            lines += ["", "The rest did not fit into a comment."]
+            lines += ["", *(["</details>", ""] if folded else []), "The rest did not fit into a comment."]
             break
+        folded = line.startswith("<details>") or (folded and line != "</details>")
         lines.append(line)
     return "\n".join(lines) + "\n"
 

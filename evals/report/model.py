@@ -5,14 +5,12 @@ Nothing here reads the record or draws; texts are as they were recorded and are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from agentops.records import Score
-from evals.metrics import Metric
-from evals.statistics import Agreeing, Calibration, Interval
+from evals.statistics import Calibration, Interval
 
 Verdict = Literal["better", "worse", "not shown"]
 """What a comparison shows of the second experiment. not shown: a difference of this size could be chance."""
@@ -20,19 +18,13 @@ Verdict = Literal["better", "worse", "not shown"]
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A metric's bounds, where it has them, and which end is good ("high" or "low")."""
+    """A metric's bounds, where it has them, and which end is good ("high" or "low"). `binary` says that there is nothing
+    between the bounds."""
 
     low: float | None = None
     high: float | None = None
     better: str = "high"
-
-    @classmethod
-    def of(cls, metric: Metric) -> Scale:
-        return cls(
-            low=metric.low if math.isfinite(metric.low) else None,
-            high=metric.high if math.isfinite(metric.high) else None,
-            better=metric.better,
-        )
+    binary: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +88,13 @@ class PeopleResult:
 
     `judge` is Krippendorff's alpha of people and the metric of that name together, over the cases that both scored; None where
     there is no such metric. `among` is that of people alone, where two or more scored the same cases: a judge can hardly be
-    nearer to people than they are to each other. `scale` says how far apart two scores are (see `evals.statistics.Agreeing`).
+    nearer to people than they are to each other.
     """
 
     name: str
     people: tuple[str, ...]
     cases: int
     interval: Interval
-    scale: Agreeing
     judge: Interval | None = None
     among: Interval | None = None
 

@@ -276,7 +276,7 @@ async def test_json_is_edited_as_json(settings: Settings, started: list[Started]
 
 
 async def test_experiments_are_marked_compared_and_followed_to_a_trace(record: Settings, started: list[Started]) -> None:
-    async with opened(record, open_at="evals", interval=lambda values, threads: (min(values), max(values))) as (app, pilot):
+    async with opened(record, open_at="evals", interval=lambda name, values, threads: (min(values), max(values))) as (app, pilot):
         shown = "\n".join(part.text for part in app.screen.query_one(Detail).parts)
         assert "0.800  [0.600, 1.000]  n=2" in shown
         assert "unscored: no_reference 2" in shown

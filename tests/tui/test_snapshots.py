@@ -49,7 +49,9 @@ def test_a_screen_looks_as_it_did(settings: Settings, snap_compare: Any, place: 
             area.cursor_blink = False  # type: ignore[attr-defined]
         await pilot.pause()
 
-    app = TerminalApp(settings, open_at=place, now_ns=lambda: NOW, interval=lambda values, threads: (min(values), max(values)))
+    app = TerminalApp(
+        settings, open_at=place, now_ns=lambda: NOW, interval=lambda name, values, threads: (min(values), max(values))
+    )
     assert snap_compare(app, run_before=before, terminal_size=(100, 30))
 
 

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import util
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -32,7 +33,7 @@ from agentops.tracer import Tracer, catch_up, open_tracer
 from evals.datasets import Dataset, dataset_of
 from evals.experiment import Tally, begin, carry_out, judge, score_runs
 from evals.metrics import Metric
-from evals.metrics.registry import ENTRIES, chosen, fitting, make_metrics
+from evals.metrics.registry import ENTRIES, chosen, fitting, make_metrics, needs_embedder, needs_model
 from evals.reading import Samples
 from evals.report import report_of
 from evals.samples import Reference, Sample
@@ -508,6 +509,13 @@ async def test_native_metrics_open_no_model(settings: Settings) -> None:
 
     async with make_metrics(["exact", "mrr"], settings, engine=none, embedder=none) as made:
         assert [metric.name for metric in made] == ["exact", "mrr"]
+    if util.find_spec("ragas") is not None:
+        calls = ["tool_call_accuracy", "tool_call_f1"]
+        assert not needs_model(calls, settings)
+        assert not needs_embedder(calls)
+        async with make_metrics(calls, settings, engine=none, embedder=none) as made:
+            sample = Sample("q", "a", reference=Reference(trajectory=()))
+            assert [(await metric.score(sample)).value for metric in made] == [1, 1]
 
 
 def test_a_name_that_is_none_is_told_with_the_nearest() -> None:

@@ -78,6 +78,18 @@ def test_citations_resolve_where_the_number_leads_to_a_document() -> None:
     assert scored("citations_resolve", answered(" ")).reason == "no answer"
 
 
+def test_numbers_in_brackets_are_citations_only_where_there_are_sources() -> None:
+    fell = "It fell [1]."
+    for name in ("citations_resolve", "citations_support"):
+        for output in (None, "It fell [1].", {"answer": fell}, {"answer": fell, "sources": None}):
+            score = scored(name, Sample("q", fell, contexts=(BRIDGE,), output=output))
+            assert (score.value, score.reason) == (None, "the output has no sources")
+        assert value(name, Sample("q", fell, contexts=(BRIDGE,), output={"answer": fell, "sources": []})) == 0
+        code = "Take `items[0]`:\n```python\nprint(items[7], [3])\n```\n"
+        assert scored(name, answered(code)).reason == "no citations"
+        assert value(name, answered(code + "The bridge was opened in 1878 [1].")) == 1
+
+
 @pytest.mark.parametrize(
     ("answer", "wanted", "blamed"),
     [
@@ -207,6 +219,7 @@ def test_json_schema() -> None:
     assert (wrong.value, wrong.comment) == (0, "year: '1878' is not of type 'integer'")
     assert scored("json_schema", formed("in 1878")).comment.startswith("the answer is no JSON")
     assert value("json_schema", formed("[" * 50_000)) == 0
+    assert (value("json_schema", formed("")), value("json_schema", formed(" "))) == (0, 0)
     assert scored("json_schema", formed(output=1, schema=None)).reason == NO_REFERENCE
 
 
@@ -237,7 +250,8 @@ def test_regex() -> None:
     assert matched("opened in 1878", r"^18").value == 0
     assert matched("OPENED", r"(?i)opened").value == 1
     assert matched("x", None).reason == NO_REFERENCE
-    assert matched("", "x").reason == "no answer"
+    assert (matched("", "x").value, matched(" \n", "x").value) == (0, 0), "who says nothing says nothing that matches"
+    assert matched("", "^$").value == 1
 
 
 @pytest.mark.parametrize(

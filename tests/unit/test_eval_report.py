@@ -24,8 +24,8 @@ from agentops.errors import RecordError, RunNotFound, UsageError
 from agentops.records import Score
 from agentops.store import CaseRow, Store, open_store
 from agentops.tracer import Tracer, open_tracer
-from evals.metrics.native import native_metrics
 from evals.report import (
+    Arm,
     Bar,
     MetricResult,
     Report,
@@ -46,7 +46,12 @@ from evals.report.words import bounds, number
 from evals.samples import Reference, Sample
 from evals.statistics import Interval, estimate
 
-SCALES = {"faithfulness": Scale(0, 1), "exact": Scale(0, 1), "toxicity": Scale(0, 1, "low"), "latency_ms": Scale(0, None, "low")}
+SCALES = {
+    "faithfulness": Scale(0, 1),
+    "exact": Scale(0, 1, binary=True),
+    "toxicity": Scale(0, 1, "low"),
+    "latency_ms": Scale(0, None, "low"),
+}
 FIRST = {f"case-{place:02}": (1.0 if place % 3 else 0.2 + place / 100, float(place % 2)) for place in range(24)}
 SECOND = {key: (min(1.0, one + 0.3), 1.0) for key, (one, _) in FIRST.items()}
 
@@ -230,7 +235,7 @@ def test_people_and_the_judge(record: Record, settings: Settings) -> None:
     (arm,) = report.arms
     assert [one.name for one in arm.metrics] == ["faithfulness"], "what people said is no metric's score"
     agreed, thumbs = arm.people
-    assert (agreed.people, agreed.cases, agreed.scale) == (("ann", "ben"), 20, "interval")
+    assert (agreed.people, agreed.cases) == (("ann", "ben"), 20)
     assert agreed.interval.value == pytest.approx((12 - 0.5 + 1) / 20), "ann and ben differ in one case"
     assert agreed.judge is not None
     assert agreed.judge.value is not None
@@ -310,8 +315,6 @@ def test_a_case_scored_in_one_experiment_alone_is_in_no_pair(record: Record, set
 
 
 def made(values: list[float], better: str = "high") -> Report:
-    from evals.report import Arm
-
     result = MetricResult("m", Scale(0, 1, better), estimate(values), 3, dict(zip("abc", values, strict=False)), unscored(values))
     return Report("t", (Arm("", "x", (), (), (result,)),))
 
@@ -344,10 +347,62 @@ def test_a_bar_that_is_none_is_refused_before_anything_is_computed(text: str) ->
         parse_bars(["m=1", " m = 0.5"])
 
 
-def test_a_scale_is_made_from_a_metric() -> None:
-    scales = {name: Scale.of(metric) for name, metric in native_metrics().items()}
-    assert scales["latency_ms"] == Scale(0.0, None, "low")
-    assert Scale(0.0, 1.0, "high") in scales.values()
+def test_a_bar_fails_where_more_than_one_in_twenty_have_no_score() -> None:
+    def of(scored: int, **missing: int) -> Report:
+        values = {str(place): 1.0 for place in range(scored)}
+        result = MetricResult("m", Scale(0, 1), estimate([1.0] * scored), scored + sum(missing.values()), values, missing)
+        return Report("t", (Arm("", "x", (), (), (result,)),))
+
+    bars = parse_bars(["m=.5"])
+    (line,) = failures(of(1, timeout=99), bars)
+    assert line == "m was scored in 1 of 100 cases (timeout: 99); at most 5% may have no score"
+    assert failures(of(94, timeout=6), bars) != ()
+    assert failures(of(95, timeout=5), bars) == ()
+    assert failures(of(19, no_reference=981, timeout=1), bars) == (), "what could not be asked does not count"
+    (line,) = failures(of(18, no_reference=81, timeout=1), bars)
+    assert line.startswith("m was scored in 18 of 19 cases (timeout: 1)")
+
+
+def test_what_happens_to_be_0_or_1_is_no_rate_and_no_probability(record: Record, settings: Settings) -> None:
+    for key in ("exp_1", "exp_2"):
+        record.experiment(key, key, 12)
+        for place in range(12):
+            good = float(place % 3 > 0 or (key == "exp_2" and place > 3))
+            run_id = record.case(key, f"c{place}", {"exact": good, "faithfulness": good, "mine": good}, place=place)
+            for name, value in (("thumbs", float(place % 2)), ("helpful", float(place % 2)), ("faithfulness", place / 12)):
+                record.tracer.score(Score(name, value, "human"), run_id=run_id, author="ann")
+    with read(record, settings) as store:
+        (arm,) = report_of(store, experiment="exp_1", scales=SCALES).arms
+        comparison = compare(store, "exp_1", "exp_2", scales=SCALES).comparison
+    methods = {one.name: one.interval.method for one in arm.metrics}
+    assert methods == {"exact": "Wilson", "faithfulness": "bootstrap", "mine": "bootstrap"}
+    assert {one.name: one.interval.method for one in arm.people} == {
+        "thumbs": "Wilson",
+        "helpful": "bootstrap",
+        "faithfulness": "bootstrap",
+    }
+    assert comparison is not None
+    assert [one.test for one in comparison.metrics] == ["exact McNemar", *["sign-flip permutation"] * 2]
+    against = {one.name: one.against for one in arm.calibrations}
+    assert against == {"exact": "thumbs", "faithfulness": "thumbs"}, "grades are no outcomes, and who knows what mine is"
+
+
+@pytest.mark.parametrize("threads", [False, True])
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_two_experiments_that_differ_in_hardly_a_case_are_compared(
+    record: Record, settings: Settings, moved: int, threads: bool
+) -> None:
+    for key in ("exp_1", "exp_2"):
+        record.experiment(key, key, 8)
+        for place in range(8):
+            group = place // 2 if threads else place
+            better = key == "exp_2" and group < moved
+            scores = {"faithfulness": 0.9 if better else 0.5, "exact": float(better)}
+            record.case(key, f"c{place}", scores, thread=f"th_{key}_{group}" if threads else "", place=place)
+    with read(record, settings) as store:
+        comparison = compare(store, "exp_1", "exp_2", scales=SCALES).comparison
+    assert comparison is not None
+    assert [one.p for one in comparison.metrics] == [pytest.approx(0.5 if moved == 2 else 1.0)] * 2
 
 
 def test_the_json_is_json(record: Record, settings: Settings) -> None:
@@ -477,6 +532,7 @@ def test_a_long_report_still_fits_into_a_comment(record: Record, settings: Setti
     text = to_markdown(report, worst=20)
     assert len(text) <= 60_100
     assert text.endswith("The rest did not fit into a comment.\n")
+    assert text.count("<details>") == text.count("</details>") == 1, "nothing after it is folded away"
 
 
 def test_ten_megabytes_in_a_cell_do_not_reach_the_page(record: Record, settings: Settings) -> None:

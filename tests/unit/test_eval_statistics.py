@@ -73,18 +73,19 @@ def test_where_there_is_no_interval_that_is_said(
     assert (found.low, found.high, found.method, found.n) == (None, None, f"none: {why}", len(values))
 
 
-def test_an_estimate_is_a_rate_or_a_mean_by_its_values() -> None:
-    assert estimate([0, 1, 1]).method == "Wilson"
-    assert estimate([0, 1, 0.5]).method == "bootstrap"
-    assert estimate([0, 1, 0.5, 1], "aabb").method == "bootstrap, clustered"
-    assert estimate([0, 1, 0, 1], "aabb").method == "Wilson, clustered"
+def test_an_estimate_is_a_rate_where_its_values_are_binary_and_not_where_they_look_so() -> None:
+    assert estimate([0, 1, 1], binary=True).method == "Wilson"
+    assert estimate([0, 1, 1]).method == "bootstrap"
+    assert estimate([0, 1, 0.5], binary=True).method == "bootstrap"
+    assert estimate([0, 1, 0, 1], "aabb", binary=True).method == "Wilson, clustered"
+    assert estimate([0, 1, 0, 1], "aabb").method == "none: all values are alike"
 
 
 @given(st.lists(st.integers(0, 20), min_size=2, max_size=40), st.integers(1, 4))
 @hypothesis_settings(max_examples=40, deadline=None)
 def test_an_interval_holds_its_value_and_lies_among_the_values(numbers: list[int], every: int) -> None:
     values = [number / 20 for number in numbers]
-    found = estimate(values, [place // every for place in range(len(values))])
+    found = estimate(values, [place // every for place in range(len(values))], binary=True)
     if found.low is not None and found.value is not None and found.high is not None:
         assert min(values) - 1e-9 <= found.low or found.method.startswith("Wilson")
         assert found.low <= found.value + 1e-9
@@ -166,7 +167,7 @@ def test_mcnemar_and_its_interval_agree_with_the_worked_example_of_fagerland_201
     """Airway hyper-responsiveness of 21 children before and after stem cell transplantation: 1, 1, 7, 12."""
     before = bits(2, 21)
     after = [1.0, 0.0, *bits(7, 19)]
-    found = paired(before, after)
+    found = paired(before, after, binary=True)
     assert (found.higher, found.lower, found.same) == (7, 1, 13)
     assert found.test == "exact McNemar"
     assert found.p == pytest.approx(0.0703, abs=5e-5)
@@ -187,7 +188,7 @@ def test_the_permutation_test_agrees_with_fishers_of_darwins_maize() -> None:
 
 def test_mcnemar_is_the_permutation_test_of_zeros_and_ones() -> None:
     before, after = bits(9, 14), [0.0] * 2 + [1.0] * 12
-    p, test = chance(before, after)
+    p, test = chance(before, after, binary=True)
     shifted, other = chance([value + 0.5 for value in before], [value + 0.5 for value in after])
     assert (test, other) == ("exact McNemar", "sign-flip permutation")
     assert p == pytest.approx(shifted)
@@ -205,6 +206,19 @@ def test_little_or_no_difference_is_no_error(first: list[float], second: list[fl
     found = paired(first, second)
     assert (found.p, found.test) == (p, test)
     assert found.same == (len(first) if first == second else 0)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("share", [1, 2], ids=["cases", "threads"])
+def test_however_few_have_changed_there_is_a_chance(share: int, binary: bool) -> None:
+    threads = [place // share for place in range(8 * share)]
+    for moved, p in ((0, 1.0), (1, 1.0), (2, 0.5)):
+        after = [float(place // share < moved) for place in range(8 * share)]
+        found = paired([0.0] * len(after), after, threads, binary=binary)
+        assert found.p == pytest.approx(p)
+        assert found.higher == moved * share
+    alone = paired([0.5, 0.5, 0.5], [0.5, 0.9, 0.5])
+    assert (alone.p, alone.test) == (1.0, "sign-flip permutation")
 
 
 def test_what_is_not_paired_is_refused() -> None:
@@ -228,7 +242,9 @@ def check_no_difference(rounds: int) -> None:
         first, second = alike(generator, 30)
         others = alike(generator, 30)
         rates = ((first >= 0.75).astype(float), (second >= 0.75).astype(float))
-        three = [chance(one.tolist(), other.tolist())[0] for one, other in (rates, (first, second), others)]
+        three = [
+            chance(one.tolist(), other.tolist(), binary=one is rates[0])[0] for one, other in (rates, (first, second), others)
+        ]
         # what one run makes of the start of a thread decides the rest of it
         moved = (np.repeat(generator.normal(0, 1, 20), 4) + generator.normal(0, 0.5, 80)).tolist()
         threads = chance([0.0] * 80, moved, [place // 4 for place in range(80)])[0]
@@ -282,26 +298,30 @@ KRIPPENDORFF = [
 """Four observers, twelve units: section C of Computing Krippendorff's Alpha-Reliability (2011)."""
 
 
-@pytest.mark.parametrize(("scale", "alpha"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])
-def test_alpha_agrees_with_krippendorffs_own_example(scale: statistics.Agreeing, alpha: float) -> None:
-    found = agreement(KRIPPENDORFF, scale)
-    assert found.value == pytest.approx(alpha, abs=5e-4)
+def test_alpha_agrees_with_krippendorffs_own_example() -> None:
+    found = agreement(KRIPPENDORFF)
+    assert found.value == pytest.approx(0.849, abs=5e-4)
     assert (found.n, found.clusters) == (40, 11)
     assert found.low is not None
     assert found.high is not None
-    assert found.low < 0.6 < alpha < found.high <= 1
+    assert found.low < 0.6 < 0.849 < found.high <= 1
+
+
+def test_alpha_is_the_same_wherever_the_ratings_lie() -> None:
+    far = [[None if one is None else one + 1e9 for one in row] for row in KRIPPENDORFF]
+    assert agreement(far).value == pytest.approx(agreement(KRIPPENDORFF).value, abs=1e-6)
 
 
 def test_alpha_agrees_with_krippendorffs_binary_example() -> None:
     """Two observers, ten units: section A of the same paper."""
     first, second = [0, 1, 0, 0, 0, 0, 0, 0, 1, 0], [1, 1, 1, 0, 0, 1, 0, 0, 0, 0]
-    assert agreement([first, second], "nominal").value == pytest.approx(0.095, abs=5e-4)
+    assert agreement([first, second]).value == pytest.approx(0.095, abs=5e-4)
 
 
 def test_alpha_at_its_ends() -> None:
     ratings = [0.1, 0.5, 0.9, 0.3]
     assert agreement([ratings, ratings]).value == 1
-    opposed = agreement([[0, 1, 0, 1], [1, 0, 1, 0]], "nominal").value
+    opposed = agreement([[0, 1, 0, 1], [1, 0, 1, 0]]).value
     assert opposed is not None
     assert opposed < -0.5
     for rows, why in (
@@ -322,10 +342,9 @@ def test_alpha_over_many_cases_with_scores_that_all_differ() -> None:
     generator = np.random.default_rng(0)
     truth = generator.random(400)
     judge = truth + generator.normal(0, 0.1, 400)
-    for scale in ("nominal", "ordinal", "interval"):
-        found = agreement([truth.tolist(), judge.tolist()], scale)  # type: ignore[arg-type]
-        assert found.value is not None
-        assert (found.value > 0.8) == (scale != "nominal"), "as names, no two scores are the same"
+    found = agreement([truth.tolist(), judge.tolist()])
+    assert found.value is not None
+    assert found.value > 0.8
 
 
 def test_calibration_by_hand() -> None:

@@ -23,8 +23,8 @@ from tui.widgets.detail import Detail, Part, score_parts
 from tui.widgets.lines import Lines, Piece
 from tui.widgets.table import Column, Table
 
-Interval = Callable[[Sequence[float], Sequence[str]], tuple[float, float] | None]
-"""The interval of a mean: of values and the thread that each belongs to; None where there is none."""
+Interval = Callable[[str, Sequence[float], Sequence[str]], tuple[float, float] | None]
+"""The interval of a mean: of a score's name, values and the thread that each belongs to; None where there is none."""
 
 NOTHING = """No experiments yet.
 
@@ -66,7 +66,8 @@ def measured(rows: Sequence[ScoreRow], interval: Interval | None, threads: dict[
             if row.score.value is None:
                 unscored[row.score.reason] = unscored.get(row.score.reason, 0) + 1
         mean = sum(values) / len(values) if values else None
-        span = interval(values, [thread for _, thread in scored]) if interval and len(values) > 1 else None
+        threads_of = [thread for _, thread in scored]
+        span = interval(group[0].score.name, values, threads_of) if interval and len(values) > 1 else None
         found.append(Measured(name, len(values), mean, span, unscored))
     return tuple(found)
 
