@@ -49,6 +49,10 @@ class JudgeFailed(AgentOpsError):
         self.unreachable = unreachable
 
 
+class _Refused(JudgeFailed):
+    """A server says that it cannot answer such a question."""
+
+
 class Respondent(Protocol):
     """A model that can be asked. `identity` differs between models that may answer differently; `context_tokens` is None where
     nobody knows it."""
@@ -208,8 +212,8 @@ class EngineRespondent:
 
 
 class ServerRespondent:
-    """A model behind an address with the API of OpenAI. Schemas are asked for; a server that does not know them is asked
-    without."""
+    """A model behind an address with the API of OpenAI. Schemas are asked for; a server that refuses a question with one and
+    answers the same question without does not know them, and is asked without from then on."""
 
     def __init__(self, url: str, model: str, api_key: str = "", *, timeout_s: float = 120.0, max_tokens: int = 1024) -> None:
         self._url, self._model, self._api_key = url, model, api_key
@@ -231,6 +235,24 @@ class ServerRespondent:
 
     async def answer(self, prompt: str, schema: Schema, attempt: int) -> str:
         """As `Respondent.answer`."""
+        if not self._schemas:
+            return await self._asked(prompt)
+        try:
+            return await self._asked(prompt, schema)
+        except _Refused as refused:
+            try:
+                text = await self._asked(prompt)
+            except _Refused:
+                # It is the question that is refused, such as one that is too long.
+                raise refused from refused.__cause__
+            self._schemas = False
+            return text
+
+    async def _asked(self, prompt: str, schema: Schema | None = None) -> str:
+        """
+        Raises:
+            JudgeFailed, TimeoutError
+        """
         import openai
 
         if self._client is None:
@@ -239,7 +261,7 @@ class ServerRespondent:
                 base_url=self._url, api_key=self._api_key or "none", timeout=self._timeout_s, max_retries=0
             )
         form = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema}}
-        asked: dict[str, Any] = {"response_format": form} if self._schemas else {}
+        asked: dict[str, Any] = {"response_format": form} if schema is not None else {}
         try:
             made = await self._client.chat.completions.create(
                 model=self._model,
@@ -254,10 +276,8 @@ class ServerRespondent:
         except openai.APIConnectionError as error:
             raise JudgeFailed("not reachable", hint=f"see whether a server runs at {self._url}", unreachable=True) from error
         except openai.APIStatusError as error:
-            if error.status_code in (400, 422) and self._schemas:
-                self._schemas = False
-                return await self.answer(prompt, schema, attempt)
-            raise JudgeFailed(
+            kind = _Refused if error.status_code in (400, 422) else JudgeFailed
+            raise kind(
                 f"its server answered {error.status_code}",
                 hint="see the settings judge.url, judge.model and judge.api_key",
                 unreachable=error.status_code >= 500 or error.status_code == 429,

@@ -123,6 +123,20 @@ async def test_a_server_is_asked_with_the_schema_and_the_key_of_the_settings(mon
     assert server.keys == ["Bearer secret", "Bearer none"]
 
 
+async def test_one_question_that_a_server_refuses_costs_no_other_its_schema() -> None:
+    def script(body: dict[str, Any], n: int) -> tuple[int, str]:
+        if "long" in body["messages"][0]["content"]:
+            return 400, '{"error": {"message": "the context is 8192 tokens"}}'
+        return completion(GOOD)
+
+    with judge_server(script) as server:
+        async with server_judge(server.url) as judge:
+            with pytest.raises(JudgeFailed, match="its server answered 400"):
+                await judge.ask("This is too long.", SCHEMA)
+            assert await judge.ask("Is it so?", SCHEMA) == MEANT
+        assert ["response_format" in body for body in server.asked] == [True, False, True]
+
+
 async def test_a_server_without_schemas_is_asked_without() -> None:
     def script(body: dict[str, Any], n: int) -> tuple[int, str]:
         return (400, '{"error": {"message": "response_format is not known"}}') if "response_format" in body else completion(GOOD)
