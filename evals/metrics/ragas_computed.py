@@ -14,6 +14,7 @@ from agentops.engine import Engine
 from agentops.retrieval import Embedder
 from evals import verdicts
 from evals.judge import Judge, JudgeFailed
+from evals.metrics import Unscored
 from evals.samples import Sample
 from evals.support import supports
 
@@ -26,6 +27,7 @@ async def computed(judge: Judge, sample: Sample, given: Any) -> Any:
     """
     Raises:
         JudgeFailed: there is no way to compute that.
+        Unscored: what the verdict would be about claims nothing.
         EngineError
     """
     answer = _ANSWERS.get(type(given).__name__)
@@ -39,7 +41,11 @@ async def _statements(judge: Judge, sample: Sample, given: Any) -> Any:
 
 
 async def _claims(judge: Judge, sample: Sample, given: Any) -> Any:
-    return {"claims": verdicts.claims(given.response)}
+    found = verdicts.claims(given.response)
+    if not found and not any(verdicts.claims(text) for text in (sample.answer, sample.reference.answer or "")):
+        # Neither answer nor reference says anything: a refusal where one was expected is not wrong.
+        raise Unscored("no claims")
+    return {"claims": found}
 
 
 async def _carried(judge: Judge, sample: Sample, given: Any) -> Any:
@@ -59,7 +65,7 @@ async def _useful(judge: Judge, sample: Sample, given: Any) -> Any:
     """A context was useful when it is about the question and carries something that the answer says."""
     parts = verdicts.claims(given.answer)
     if not parts:
-        return {"reason": "the answer claims nothing", "verdict": 0}
+        raise Unscored("no claims")
     found = await supports(_engine(judge), parts, given.context, given.question)
     best = max(found, key=lambda one: one.log_odds)
     ((near,),) = await verdicts.similarity(_embedder(judge), [given.question], [given.context])

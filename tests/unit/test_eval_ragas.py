@@ -619,6 +619,31 @@ def test_evasive_answers_are_known_by_their_words(text: str, evasive: bool) -> N
     assert is_evasive(text) is evasive
 
 
+@pytest.mark.parametrize(
+    ("answer", "reference", "unscored"),
+    [
+        (
+            "I don't know.",
+            "I do not know that.",
+            {"faithfulness", "factual_correctness", "context_precision", "context_precision_without_reference", "context_recall"},
+        ),
+        ("I don't know.", "It opened in 1889.", {"faithfulness", "context_precision_without_reference"}),
+        ("It opened in 1889.", "I do not know that.", {"context_precision", "context_recall"}),
+    ],
+)
+async def test_what_claims_nothing_is_not_wrong_for_that(answer: str, reference: str, unscored: set[str]) -> None:
+    engine = ScriptedEngine()
+    judge = Judge(EngineRespondent(engine), how="computed", engine=engine, embedder=Letters())
+    made = ragas_metrics(judge, Letters())
+    sample = replace(BRIDGE, answer=answer, reference=Reference(answer=reference))
+    names = ("faithfulness", "factual_correctness", "context_precision", "context_precision_without_reference", "context_recall")
+    scores = {name: await made[name].score(sample) for name in names}
+    assert {name for name in names if scores[name].value is None} == unscored
+    assert {score.reason for score in scores.values() if score.value is None} == {"no claims"}
+    if "factual_correctness" not in unscored:
+        assert scores["factual_correctness"].value == 0, "one claims something and the other does not"
+
+
 async def test_a_computed_verdict_has_a_limit_of_time_as_well() -> None:
     engine = ScriptedEngine(delay_s=5)
     judge = Judge(EngineRespondent(engine), how="computed", engine=engine, embedder=Letters(), timeout_s=0.1)
