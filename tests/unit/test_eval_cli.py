@@ -271,8 +271,7 @@ PROMPTED = """
         answer: str
 
     async def answer(state, runtime: Runtime[Context]):
-        (message,) = runtime.context.prompts.get("say").render(question=state["question"])
-        return {"answer": message.content}
+        return {"answer": (await runtime.context.ask("say", question=state["question"])).text}
 
     graph = StateGraph(State, context_schema=Context)
     graph.add_node("answer", answer)
@@ -287,7 +286,8 @@ def test_a_prompt_is_replaced_for_an_experiment_and_when_it_is_taken_up(
     from agentops import ScriptedEngine
     from agentops.retrieval.embed import HashEmbedder
 
-    monkeypatch.setattr(Runtime, "_open_engine", lambda self, name: ScriptedEngine(()))
+    echoes = lambda settings, progress: ScriptedEngine(lambda request: request.messages[-1].content)  # noqa: E731
+    monkeypatch.setattr("agentops.runtime.open_engine", echoes)
     monkeypatch.setattr(Runtime, "embedder", HashEmbedder())
     Path("prompts").mkdir()
     Path("prompts/say.md").write_text("## user\nfile: {question}\n")
@@ -304,11 +304,20 @@ def test_a_prompt_is_replaced_for_an_experiment_and_when_it_is_taken_up(
     Path("other.md").unlink()
     assert cli("eval", "--resume", "other", "--metrics", "exact,tokens", "--fail-under", "exact=1").code == 0
     with open_store(settings) as store:
-        kept = store.experiment("other").settings["prompts"]
-        assert store.payload(kept["say"]) == "## user\nother: {question}\n"
+        found = store.experiment("other")
+        assert store.payload(found.settings["prompts"]["say"]) == "## user\nother: {question}\n"
+        # Each run's own record says which prompt was used, and has its text.
+        used = {
+            (span.prompt_name, store.prompt(span.prompt_version).template)
+            for case in store.cases(found.id)
+            for span in store.spans(case.run_id or "")
+            if span.prompt_version
+        }
+        assert used == {("say", "## user\nother: {question}\n")}
 
 
 @pytest.mark.model
+@pytest.mark.long
 def test_three_cases_with_the_real_model(cli: Cli, settings: Settings, model_folder: Path, embedder_folder: Path) -> None:
     Path("docs").mkdir()
     Path("docs/tea.md").write_text("# Tea\n\nGreen tea is brewed at 80 degrees. Black tea is brewed at 95 degrees.\n")
