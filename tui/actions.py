@@ -24,7 +24,14 @@ class Action:
 
     @property
     def shown_key(self) -> str:
-        return {"escape": "Esc", "question_mark": "?", "slash": "/", "enter": "Enter", "ctrl+p": "Ctrl+P"}.get(self.key, self.key)
+        return {
+            "escape": "Esc",
+            "question_mark": "?",
+            "slash": "/",
+            "enter": "Enter",
+            "ctrl+p": "Ctrl+P",
+            "ctrl+l": "Ctrl+L",
+        }.get(self.key, self.key)
 
 
 ACTIONS = (
@@ -54,6 +61,7 @@ ACTIONS = (
     Action("escape", "back", "Back", "Leave this screen.", ("run", "cases")),
     Action("question_mark", "help", "Help", "All keys."),
     Action("ctrl+p", "command_palette", "Palette", "Find an action by its name.", footer=False),
+    Action("ctrl+l", "redraw", "Redraw", "Draw all of the screen anew, where something else has written on it.", footer=False),
     Action("q", "quit", "Quit", "Leave; what was started goes on."),
 )
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
+from textual import events
 from textual.app import App, SystemCommand
 from textual.binding import BindingType
 from textual.screen import Screen
@@ -27,6 +28,7 @@ from tui.screens.run import RunScreen
 from tui.screens.runs import RunsScreen
 from tui.state import load_state, save_state
 from tui.verbs import Job, interrupt_process
+from tui.wire import Wire, thinned
 
 THEMES = ("textual-dark", "textual-light", "nord", "gruvbox", "tokyo-night", "solarized-light")
 _JOB_POLL_S = 0.25
@@ -84,7 +86,8 @@ class TerminalApp(App[None]):
         Raises:
             UsageError: there is no such section or theme.
         """
-        super().__init__()
+        self.wire = Wire()
+        super().__init__(driver_class=thinned(self.get_driver_class(), self.wire))
         self.settings = settings
         self.read_only = read_only
         self.interval = interval
@@ -120,6 +123,10 @@ class TerminalApp(App[None]):
         if not self.read_only:
             self.state.theme = self.theme
             save_state(self.settings, self.state)
+
+    def on_resize(self, event: events.Resize) -> None:
+        with self.wire.lock:
+            self.wire.forget(*event.size)
 
     # What the reader says.
 
@@ -249,6 +256,11 @@ class TerminalApp(App[None]):
         place = THEMES.index(self.theme) if self.theme in THEMES else -1
         self.theme = THEMES[(place + 1) % len(THEMES)]
         self.tell(f"theme: {self.theme}")
+
+    def action_redraw(self) -> None:
+        with self.wire.lock:
+            self.wire.forget(*self.size)
+        self.screen.refresh()
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         under = self._under()

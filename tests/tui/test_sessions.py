@@ -24,7 +24,8 @@ from typing import Any
 import aiohttp
 import pytest
 from PIL import Image
-from tui_record import NOW, Seeds, small
+from tui_emulated import Emulated
+from tui_record import NOW, Seeds, many, small
 
 from agentops import Settings
 
@@ -40,17 +41,19 @@ def until(look: Callable[[], str], wanted: str, seconds: float = 30.0) -> str:
 
 @contextmanager
 def tmux(command: list[str], environment: dict[str, str], socket_file: Path) -> Iterator[Callable[..., str]]:
-    """A session of 100 x 30. Called with keys it types them, without any it gives what is on the screen."""
+    """A session of 100 x 30. Called with keys it types them, without any it gives what is on the screen; with `-e` in colours."""
     base = ["tmux", "-S", str(socket_file)]
+    # Else the screens believe these, and not tmux.
+    environment = {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")}
 
     def do(*words: str) -> str:
         done = subprocess.run([*base, *words], capture_output=True, text=True, env=environment)
         return done.stdout
 
     def session(*keys: str) -> str:
-        if keys:
+        if keys and keys != ("-e",):
             do("send-keys", "-t", "screens", *keys)
-        return do("capture-pane", "-p", "-t", "screens")
+        return do("capture-pane", "-p", *(("-e", "-N") if keys == ("-e",) else ()), "-t", "screens")
 
     do("-f", "/dev/null", "new-session", "-d", "-s", "screens", "-x", "100", "-y", "30", shlex.join(command))
     try:
@@ -87,6 +90,30 @@ def test_a_session_in_tmux(settings: Settings, environment: dict[str, str], tmp_
         while screen() and time.monotonic() - begun < 10:
             time.sleep(0.1)
         assert screen() == "", "the session is over when the screens are left"
+
+
+def seen(captured: str) -> object:
+    """What is on a screen in colours, the ink of blanks left out."""
+    screen = Emulated(100, 30)
+    screen.write(captured)
+    return screen.seen
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="no tmux here: apt-get install tmux")
+def test_what_is_sent_in_parts_is_what_a_whole_screen_is(settings: Settings, environment: dict[str, str], tmp_path: Path) -> None:
+    list(many(settings, 60, 40))
+    command = [sys.executable, "-m", "agentops", "tui", "runs"]
+    with tmux(command, environment | {"TERM": "xterm-256color"}, tmp_path / "socket") as screen:
+        until(screen, "✓ done")
+        for keys in ("jjjj", "PPkk", "Ejk", "tP", "\r", "jjzjz", "Pdjd", "?jj", "q1EE", "\r"):
+            for key in keys:
+                screen({"P": "NPage", "E": "End", "\r": "Enter"}.get(key, key))
+                time.sleep(0.15)
+            time.sleep(0.4)
+            parts = seen(screen("-e"))
+            screen("C-l")
+            time.sleep(0.4)
+            assert seen(screen("-e")) == parts, keys
 
 
 def free_port() -> int:

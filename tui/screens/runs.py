@@ -121,7 +121,8 @@ class RunsScreen(Base):
             else:
                 keys = pages.run_keys(wanted, sort, descending=descending, limit=None if full else _FIRST)
                 whole = full or len(keys) < _FIRST
-            rows = pages.run_lines({*keys[:100], *seen})
+            # Home and End find their rows here.
+            rows = pages.run_lines({*keys[:100], *keys[-100:], *seen})
             return _Seen(keys, rows, pages.statuses(), last, whole)
 
         def deliver(found: _Seen) -> None:

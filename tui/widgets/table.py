@@ -138,9 +138,7 @@ class Table(Lines, Generic[R]):
         yield ("▸ " if index == self.cursor else "  "), "live"
         if row is None:
             yield "…", "dim"
-            if not self._asking:
-                self._asking = True
-                self.call_later(self._ask)
+            self._ask_soon()
             return
         for column, cells in self._layout(width):
             text, ink = column.show(row)
@@ -160,10 +158,20 @@ class Table(Lines, Generic[R]):
         share = max(6, (width - taken) // len(free)) if free else 0
         return [(column, column.width or share) for column in shown]
 
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        super().watch_scroll_y(old_value, new_value)
+        self._ask_soon()
+
+    def _ask_soon(self) -> None:
+        if not self._asking:
+            self._asking = True
+            self.call_later(self._ask)
+
     def _ask(self) -> None:
+        """Asks for what is missing of what is seen, and of two pages to either side: they are here before they are gone to."""
         self._asking = False
-        first = max(0, self.seen.start - len(self.seen))
-        wanted = self.keys[first : self.seen.stop + len(self.seen)]
+        ahead = 2 * len(self.seen)
+        wanted = self.keys[max(0, self.seen.start - ahead) : self.seen.stop + ahead]
         missing = [key for key in wanted if key not in self.rows and key not in self._asked]
         if missing:
             self._asked.update(missing)
