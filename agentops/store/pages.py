@@ -24,7 +24,8 @@ Sort = Literal["started", "time", "tokens", "graph", "status"]
 SORTS: tuple[Sort, ...] = ("started", "time", "tokens", "graph", "status")
 _ROWID: ColumnClause[int] = column("rowid")
 _CHUNK = 500
-_NEWEST_SPANS = 20_000
+NEWEST_SPANS = 20_000
+"""Meters read the calls among so many spans: more would hold up the screen on a big record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +215,7 @@ class Pages(Store):
     def calls(self, *, since_ns: int = 0) -> list[CallLine]:
         """The model calls among the newest spans that are kept, those that started since; in the order of their keys."""
         spans = table("span")
-        newest = select(func.coalesce(func.max(_ROWID), 0) - _NEWEST_SPANS).select_from(spans).scalar_subquery()
+        newest = select(func.coalesce(func.max(_ROWID), 0) - NEWEST_SPANS).select_from(spans).scalar_subquery()
         query = (
             select(*(spans.c[name] for name in CallLine._fields))
             .where(newest < _ROWID, spans.c.kind == "generation", spans.c.start_ns >= since_ns)
@@ -255,7 +256,7 @@ def _filtered(wanted: RunFilter) -> Select[Any]:
         if values:
             query = query.where(place.in_(values))
     if wanted.graphs:
-        # `rag`, or the end of a file's or manifest's reference: `/there/mine.py:graph` is found by `mine.py` and `graph`.
+        # `rag`, or a name in a file's or manifest's reference: `/there/mine.py:graph` is found by `mine.py` and `graph`.
         query = query.where(or_(*(_called(runs.c.graph, name) for name in wanted.graphs)))
     if wanted.since_ns is not None:
         query = query.where(runs.c.started_ns >= wanted.since_ns)
@@ -269,7 +270,8 @@ def _has(place: Any, text: str) -> Any:
 
 
 def _called(place: Any, name: str) -> Any:
-    return or_(place == name, _has(place, f"/{name}"), place.iendswith(f":{name}", autoescape=True))
+    ends = (place.iendswith(mark + name, autoescape=True) for mark in ("/", ":"))
+    return or_(func.lower(place) == name.lower(), *ends, place.istartswith(f"{name}:", autoescape=True), _has(place, f"/{name}:"))
 
 
 def _span_columns() -> Select[Any]:

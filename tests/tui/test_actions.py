@@ -417,6 +417,20 @@ graph = StateGraph(State).add_node(send).set_entry_point("send").set_finish_poin
 """
 
 
+CLOCK = """
+from typing import TypedDict
+from langgraph.graph import StateGraph
+
+class State(TypedDict, total=False):
+    text: str
+
+def tell(state):
+    return {"text": "it is done well"}
+
+graph = StateGraph(State).add_node(tell).set_entry_point("tell").set_finish_point("tell")
+"""
+
+
 async def test_a_run_that_was_approved_on_the_screen_goes_on_and_ends(
     settings: Settings, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -438,3 +452,38 @@ async def test_a_run_that_was_approved_on_the_screen_goes_on_and_ends(
         assert "No run waits for an answer" in said(app, "#nothing")
     with open_store(settings) as store:
         assert store.run("last").status == "done"
+
+
+async def ended(app: TerminalApp, pilot: Any) -> str:
+    """What the newest verb has said, once it has ended well, as the screen shows it."""
+    begun = time.monotonic()
+    while app.jobs[-1].code is None and time.monotonic() - begun < 60:
+        await pilot.pause(0.1)
+    assert app.jobs[-1].code == 0, app.jobs[-1].text
+    assert isinstance(app.screen, JobScreen)
+    await pilot.pause(0.3)
+    return words(app.screen.query_one(Detail))
+
+
+async def test_a_recorded_run_is_replayed_from_its_screen(
+    settings: Settings, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clock.py").write_text(CLOCK)
+    monkeypatch.chdir(tmp_path)
+    environment = environment | {"AGENTOPS_PATHS_HOME": str(settings.paths.home)}
+    command = [sys.executable, "-m", "agentops", "run", "clock.py", "{}", "--quiet"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    async with opened(settings, open_at="run/last", size=(130, 40), catch_up=lambda: catch_up(settings)) as (app, pilot):
+        await press(pilot, "r")
+        shown = await ended(app, pilot)
+        assert "agentops replay run_" in app.jobs[-1].line
+        assert "the same state after each output: the same 0 calls of a model" in shown, shown
+        assert "it is done" in shown
+
+
+async def test_two_experiments_are_compared_by_the_verb(record: Settings) -> None:
+    async with opened(record, open_at="evals", size=(130, 40)) as (app, pilot):
+        await press(pilot, "v", "down", "m")
+        shown = await ended(app, pilot)
+        assert "faithfulness" in shown
+        assert "it is done" in shown

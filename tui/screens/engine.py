@@ -11,7 +11,7 @@ from typing import ClassVar
 from textual.app import ComposeResult
 from textual.binding import BindingType
 
-from agentops.store.pages import CallLine, Pages, RunFilter, RunLine
+from agentops.store.pages import NEWEST_SPANS, CallLine, Pages, RunFilter, RunLine
 from agentops.text import count, duration
 from tui.actions import bindings
 from tui.screens.base import Base
@@ -63,9 +63,12 @@ class EngineScreen(Base):
 def engine_parts(calls: Sequence[CallLine], running: Sequence[RunLine], now_ns: int) -> list[Part]:
     """The meters. Sparklines have a column a minute, the newest at the right."""
     parts: list[Part] = []
-    for title, since_ns in (("The last hour", now_ns - _BUCKETS * _MINUTE_NS), ("All newest calls on record", 0)):
+    for title, since_ns in (("The last hour", now_ns - _BUCKETS * _MINUTE_NS), ("All that was read", 0)):
         chosen = [call for call in calls if call.start_ns >= since_ns]
-        parts += [Part(title, f"{len(chosen):,} model calls", block=True), *_meters(chosen)]
+        parts += [
+            Part(title, f"{len(chosen):,} model calls among the newest {NEWEST_SPANS:,} spans", block=True),
+            *_meters(chosen),
+        ]
     hour = [call for call in calls if call.start_ns >= now_ns - _BUCKETS * _MINUTE_NS]
     parts.append(Part("Each minute of the last hour", "", block=True))
     parts.append(Part("calls", _spark(_each_minute(hour, now_ns, lambda call: 1.0))))
