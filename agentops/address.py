@@ -58,4 +58,4 @@ def check_secret(settings: Settings, secret: str, address: str) -> None:
 def _place(source: str) -> str:
     if source.startswith(("$", "--")):
         return "command"
-    return "folder" if Path(source).name == "agentops.toml" else "own"
+    return source if Path(source).name == "agentops.toml" else "own"

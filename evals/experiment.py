@@ -106,25 +106,26 @@ async def carry_out(
     concurrency: int = CONCURRENCY,
     timeout_s: float = JUDGEMENT_S,
     collection: str | None = None,
+    retry_failed: bool = False,
     told: Told | None = None,
 ) -> Tally:
     """Runs the cases that are not run yet, `concurrency` at a time, and scores each as soon as it has ended.
 
     Turns of one conversation share a thread and are run in their order. A case that fails is on record as failed, and its metrics
-    as unscored. Cancelled, it leaves the experiment as cancelled.
+    as unscored; with `retry_failed` those that have failed are run again. Cancelled, it leaves the experiment as cancelled.
 
     Raises:
         UsageError, GraphError, RetrievalError, ModelError: no case can be run; the experiment is on record as failed.
         RecordError: the experiment, or its dataset, is not on record.  JournalFull
     """
     settings = runtime.settings
-    await asyncio.to_thread(_up_to_date, tracer)
+    await asyncio.to_thread(_up_to_date, tracer, experiment_id)
     with open_store(settings) as store:
         row = store.experiment(experiment_id)
         rows = {one.case_id: one for one in store.cases(row.id)}
         dataset = frozen_dataset(store, row.dataset_hash, row.dataset)
         ordered = sorted(dataset.cases, key=lambda case: rows[case.id].place if case.id in rows else len(rows))
-        work = _Work(runtime, tracer, store, row, graph, metrics, timeout_s, collection, len(ordered), told)
+        work = _Work(runtime, tracer, store, row, graph, metrics, timeout_s, collection, retry_failed, len(ordered), told)
 
         def status(status: ExperimentStatus, error: str | None = None) -> None:
             tracer.experiment(
@@ -178,12 +179,12 @@ async def score_runs(
     await asyncio.to_thread(_up_to_date, tracer)
     with open_store(runtime.settings) as store:
         runs = {run.id: run for run in map(store.run, run_ids)}
-        work = _Work(runtime, tracer, store, None, None, metrics, timeout_s, None, len(runs), told)
+        work = _Work(runtime, tracer, store, None, None, metrics, timeout_s, None, False, len(runs), told)
         await _side_by_side(concurrency, [work.recorded(run_id) for run_id in runs])
         return await work.tally(list(runs))
 
 
-def _up_to_date(tracer: Tracer) -> None:
+def _up_to_date(tracer: Tracer, experiment_id: str = "") -> None:
     """Waits until what happened is in the store. A run that is read before it has ended there would be scored as if it had said
     nothing.
 
@@ -191,7 +192,8 @@ def _up_to_date(tracer: Tracer) -> None:
         RecordError: the store takes nothing.
     """
     if not tracer.flush():
-        raise RecordError("the store is locked by another process", hint="go on later with: agentops eval --resume last")
+        again = f"go on later with: agentops eval --resume {experiment_id}" if experiment_id else "give the same command later"
+        raise RecordError("the store is locked by another process", hint=again)
 
 
 async def _side_by_side(limit: int, jobs: Sequence[Any]) -> None:
@@ -229,12 +231,13 @@ class _Work:
         metrics: Sequence[Metric],
         timeout_s: float,
         collection: str | None,
+        retry_failed: bool,
         total: int,
         told: Told | None,
     ) -> None:
         self._runtime, self._tracer, self._store = runtime, tracer, store
         self._experiment, self._graph, self._metrics = experiment, graph, metrics
-        self._timeout_s, self._collection = timeout_s, collection
+        self._timeout_s, self._collection, self._retry_failed = timeout_s, collection, retry_failed
         self._done, self._total, self._told = 0, total, told
         self._ran, self._failed, self._judged = 0, 0, 0
         self._draining = asyncio.Lock()
@@ -249,7 +252,7 @@ class _Work:
         for case in cases:
             row = rows.get(case.id) or CaseRow(self._id, case.id, len(rows), None, "queued", None)
             row = await self._settled(row)
-            if row.status not in _SETTLED:
+            if row.status not in _SETTLED or (self._retry_failed and row.status == "failed"):
                 if broken:
                     row = replace(row, status="failed", run_id=None, error=f"turn '{broken}' before it did not end")
                     self._keep(row)
@@ -274,8 +277,8 @@ class _Work:
         return row
 
     async def _run(self, case: Case, row: CaseRow) -> CaseRow:
-        """Runs a case to its end. One whose run crashed is run anew, but in a conversation taken up where it was: there the
-        thread has half a turn already."""
+        """Runs a case to its end. One whose run crashed or failed is run anew, but in a conversation taken up where it was:
+        there the thread has half a turn already."""
         assert self._graph is not None
         thread = f"{self._id}-{content_hash(case.thread)[3:15]}" if case.thread else None
         given = dict(case.input) if isinstance(case.input, Mapping) else case.input
@@ -374,7 +377,7 @@ class _Work:
 
     async def _catch_up(self) -> None:
         async with self._draining:
-            await asyncio.to_thread(_up_to_date, self._tracer)
+            await asyncio.to_thread(_up_to_date, self._tracer, self._id)
 
     # -- counting
 

@@ -296,13 +296,31 @@ def open_judge(settings: Settings, engine: Engine | None = None, embedder: Embed
     `embedder` compares questions and topics.
 
     Raises:
-        SettingsError: the address or the model is missing or cannot be right, or a key would go to an address from elsewhere.
+        SettingsError: as `check_judge`.
         UsageError: verdicts are to come from the engine, and there is none.
     """
+    check_judge(settings)
     wanted = settings.judge
     large = bool(wanted.url) or (engine is not None and engine.info.parameters >= LARGE_ENOUGH)
     how: How = wanted.how if wanted.how != "auto" else "asked" if large else "computed"
     respondent: Respondent
+    if wanted.url and how == "asked":
+        respondent = ServerRespondent(
+            wanted.url, wanted.model, wanted.api_key, timeout_s=wanted.timeout_s, max_tokens=wanted.max_tokens
+        )
+    elif engine is not None:
+        respondent = EngineRespondent(engine, wanted.max_tokens)
+    else:
+        raise UsageError("there is no engine that could judge", hint="open one, or name a server in judge.url and ask it")
+    return Judge(respondent, how=how, engine=engine, embedder=embedder, timeout_s=wanted.timeout_s, retries=wanted.retries)
+
+
+def check_judge(settings: Settings) -> None:
+    """
+    Raises:
+        SettingsError: the judge's address or model is missing or cannot be right, or a key would go to an address from elsewhere.
+    """
+    wanted = settings.judge
     if wanted.url:
         check_address(
             settings, "judge.url", port=False, form="http://HOST:PORT/v1 or https://HOST/v1", secrets="the key as judge.api_key"
@@ -315,15 +333,6 @@ def open_judge(settings: Settings, engine: Engine | None = None, embedder: Embed
             f"{settings.source('judge.model')}: judge.model names a model of a server, and judge.url names none",
             hint="give the server's address as judge.url, such as http://127.0.0.1:8000/v1",
         )
-    if wanted.url and how == "asked":
-        respondent = ServerRespondent(
-            wanted.url, wanted.model, wanted.api_key, timeout_s=wanted.timeout_s, max_tokens=wanted.max_tokens
-        )
-    elif engine is not None:
-        respondent = EngineRespondent(engine, wanted.max_tokens)
-    else:
-        raise UsageError("there is no engine that could judge", hint="open one, or name a server in judge.url and ask it")
-    return Judge(respondent, how=how, engine=engine, embedder=embedder, timeout_s=wanted.timeout_s, retries=wanted.retries)
 
 
 def _read(text: str, schema: Schema) -> tuple[Any, str]:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,13 +19,19 @@ from agentops.errors import RunCancelled, RunNotFound, UsageError
 if TYPE_CHECKING:
     from agentops.graph import LoadedGraph
     from agentops.runtime import Runtime
+    from agentops.settings import Settings
     from agentops.store import ExperimentRow, Store
     from agentops.tracer import Tracer
-    from evals.report import Report
+    from evals.report import Bar, Report
 
 _MOST_RUNS = 100_000
-_KEPT = ("model.name", "run.seed", "run.trim", "retrieval.k", "retrieval.retriever")
-"""Settings that an experiment is taken up with again."""
+_KEPT = (
+    *("model.name", "run.seed", "run.trim"),
+    *("retrieval.k", "retrieval.retriever", "retrieval.collection", "retrieval.embedder", "retrieval.on_error"),
+    *("budget.steps", "budget.model_calls", "budget.tokens", "budget.seconds"),
+)
+_KEPT_OF_JUDGE = ("judge.how", "judge.url", "judge.model", "judge.timeout_s", "judge.retries", "judge.max_tokens")
+"""Settings that an experiment is taken up with again, those of the judge where there is one. No secrets are among them."""
 
 
 def register(app: typer.Typer) -> None:
@@ -76,6 +82,7 @@ def evaluate(
     resume: Annotated[
         str | None, typer.Option(help="Take up an experiment that was stopped.", autocompletion=_experiment_names)
     ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="With --resume: run the cases that failed again.")] = False,
     compare: Annotated[
         tuple[str, str],
         typer.Option(metavar="A B", help="Compare two experiments: what B changed.", autocompletion=_experiment_names),
@@ -108,6 +115,7 @@ def evaluate(
         ("--prompt", prompt, bool(dataset)),
         ("--name", name, bool(dataset)),
         ("--collection", collection, bool(dataset)),
+        ("--retry-failed", retry_failed, bool(resume)),
         ("--common", common, any(compare)),
         ("--graph", graph, bool(dataset) or recorded),
         ("--model", model, bool(dataset) or recorded),
@@ -115,6 +123,8 @@ def evaluate(
     ):
         if given and not fits:
             raise UsageError(f"{flag} does not go with this", hint="see: agentops eval --help")
+    if not any(compare):
+        _known_bars(bars)
     asked = [one.strip() for part in metrics or () for one in part.split(",") if one.strip()]
     # What has a bar is measured, also where it was not asked for.
     wanted = chosen([*asked, *(bar.metric for bar in bars)] if asked else ()) if not any(compare) else ()
@@ -132,9 +142,11 @@ def evaluate(
     elif dataset is not None:
         report = work.experiment(dataset, graph or "", name, prompt or [], collection)
     elif resume is not None:
-        report = work.resumed(resume)
+        report = work.resumed(resume, retry_failed=retry_failed)
     else:
         report = work.recorded(runs or [], thread, since, graph)
+    if any(compare):
+        _known_bars(bar for bar in bars if report.arms[-1].metric(bar.metric) is None)
     _show(report, as_json=as_json, markdown=markdown, html=html)
     from evals.report import failures
 
@@ -144,6 +156,18 @@ def evaluate(
         for line in missed:
             print(clean(f"under the bar: {line}"), file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _known_bars(bars: Iterable[Bar]) -> None:
+    """
+    Raises:
+        UsageError: a bar is for what is no metric.
+    """
+    from evals.metrics.registry import ENTRIES, chosen
+
+    for bar in bars:
+        if bar.metric not in ENTRIES and chosen([bar.metric]):
+            raise UsageError(f"a bar is for one metric, not for '{bar.metric}'", hint="give each metric one --fail-under")
 
 
 def _one_of(modes: Mapping[str, bool]) -> None:
@@ -213,6 +237,7 @@ class _Work:
         from agentops.graph import load_graph
         from evals.datasets import load_dataset
         from evals.experiment import begin
+        from evals.metrics.registry import needs_judge
 
         if not graph:
             raise UsageError("a dataset is run through a graph", hint="name it: --graph rag (see: agentops graphs)")
@@ -224,14 +249,17 @@ class _Work:
         loaded = _with_prompts(loaded, instead)
         with self._opened({}) as (runtime, tracer, told):
             settings = runtime.settings
+            self._prepare(runtime, names, loaded)
+            kept = (*_KEPT, *(_KEPT_OF_JUDGE if needs_judge(names) else ()))
             about = {
                 "model": settings.model.name,
                 "metrics": list(names),
                 "collection": collection,
                 "prompts": {key: tracer.content(text) for key, text in instead.items()},
-                "settings": {key: settings.get(key) for key in _KEPT},
+                "settings": {key: settings.get(key) for key in kept},
+                # Where a key may go depends on who named the address.
+                "sources": {key: settings.source(key) for key in kept},
             }
-            self._prepare(runtime, names, loaded)
             with _record() as store:
                 called = _fresh_name(store, f"{loaded.name}-{file.stem}"[:80]) if name is None else _sound_name(name)
             experiment_id = begin(tracer, data, loaded, name=called, settings=about)
@@ -239,9 +267,10 @@ class _Work:
             self._carry_out(runtime, tracer, told, experiment_id, loaded, names, collection)
         return _report_of(experiment_id)
 
-    def resumed(self, wanted: str) -> Report:
+    def resumed(self, wanted: str, *, retry_failed: bool) -> Report:
         """Goes on with an experiment as it was begun."""
         from agentops.graph import load_graph
+        from evals.metrics.registry import chosen
 
         with _record() as store:
             row = store.experiment(wanted)
@@ -249,12 +278,14 @@ class _Work:
             instead = {str(key): str(store.whole(kept)) for key, kept in dict(about.get("prompts") or {}).items()}
         if row.status == "running":
             raise UsageError(f"experiment {row.name or row.id} is still running", hint="stop it first, or wait for its end")
-        names = tuple(dict.fromkeys((*(self.metrics or tuple(about.get("metrics") or ())), *self.extra)))
+        self._check_judge(row)
+        names = chosen((*(self.metrics or tuple(about.get("metrics") or ())), *self.extra))
         loaded = _with_prompts(load_graph(row.graph, recorded=True), instead)
         collection = about.get("collection")
-        with self._opened(dict(about.get("settings") or {})) as (runtime, tracer, told):
+        with self._opened(about) as (runtime, tracer, told):
             self._prepare(runtime, names, loaded)
-            self._carry_out(runtime, tracer, told, row.id, loaded, names, str(collection) if collection else None)
+            collection = str(collection) if collection else None
+            self._carry_out(runtime, tracer, told, row.id, loaded, names, collection, retry_failed=retry_failed)
         return _report_of(row.id)
 
     def comparison(self, pair: tuple[str, str], *, common: bool) -> Report:
@@ -271,10 +302,27 @@ class _Work:
 
         return self.metrics or chosen([*fitting(one or Reference() for one in references), *self.extra])
 
+    def _check_judge(self, row: ExperimentRow) -> None:
+        """
+        Raises:
+            UsageError: another judge is asked for than the one that the experiment was begun with.
+        """
+        kept = dict(row.settings.get("settings") or {})
+        asked = {key: self.flags.get(key) for key in ("judge.model", "judge.url")}
+        if any(value is not None and key in kept and kept[key] != value for key, value in asked.items()):
+            begun = f"{kept['judge.model']} at {kept['judge.url']}" if kept.get("judge.url") else "its engine's own model"
+            raise UsageError(
+                f"experiment {row.name or row.id} was begun with {begun} as its judge, and two judges' scores have no mean",
+                hint="leave out --judge and --judge-url, or begin another experiment",
+            )
+
     def _prepare(self, runtime: Runtime, names: Sequence[str], graph: LoadedGraph | None) -> None:
         """Opens the model where one is needed, with its own progress and before anything is begun."""
-        from evals.metrics.registry import needs_embedder, needs_model
+        from evals.judge import check_judge
+        from evals.metrics.registry import needs_embedder, needs_judge, needs_model
 
+        if needs_judge(names):
+            check_judge(runtime.settings)
         if needs_model(names, runtime.settings) or (graph is not None and graph.uses_context):
             _ = runtime.engine
         if needs_embedder(names):
@@ -289,6 +337,8 @@ class _Work:
         graph: LoadedGraph,
         names: Sequence[str],
         collection: str | None,
+        *,
+        retry_failed: bool = False,
     ) -> None:
         from agentops.sync import run_sync
         from evals.experiment import carry_out
@@ -307,6 +357,7 @@ class _Work:
                     concurrency=self.concurrency,
                     timeout_s=self.timeout_s,
                     collection=collection,
+                    retry_failed=retry_failed,
                     told=told,
                 )
 
@@ -320,14 +371,14 @@ class _Work:
             ) from None
 
     @contextlib.contextmanager
-    def _opened(self, kept: Mapping[str, Any]) -> Iterator[tuple[Runtime, Tracer, Callable[[int, int], None]]]:
+    def _opened(self, begun: Mapping[str, Any]) -> Iterator[tuple[Runtime, Tracer, Callable[[int, int], None]]]:
         from agentops.cli.progress import counted, stages
         from agentops.clock import SystemClock, UlidSource
         from agentops.settings import load_settings
         from agentops.tracer import open_tracer
 
         given = {key: value for key, value in self.flags.items() if value is not None}
-        settings = load_settings({**kept, **given})
+        settings = _as_begun(load_settings(given), begun)
         with stages(settings.model.name, quiet=self.quiet) as progress:
             progress("start", 0, 0)
             from agentops.runtime import Runtime
@@ -398,6 +449,18 @@ def _show(report: Report, *, as_json: bool, markdown: bool, html: Path | None) -
 
 
 # --- what an experiment is begun with ---
+
+
+def _as_begun(settings: Settings, begun: Mapping[str, Any]) -> Settings:
+    """The settings with those that an experiment was begun with, and who gave them then."""
+    kept, sources = dict(begun.get("settings") or {}), dict(begun.get("sources") or {})
+    for key in (*_KEPT, *_KEPT_OF_JUDGE):
+        if key in kept and kept[key] != settings.get(key):
+            section, _, name = key.partition(".")
+            part = dataclasses.replace(getattr(settings, section), **{name: kept[key]})
+            source = str(sources.get(key, "the experiment"))
+            settings = dataclasses.replace(settings, **{section: part}, sources={**settings.sources, key: source})
+    return settings
 
 
 def _prompt_file(text: str) -> tuple[str, Path]:

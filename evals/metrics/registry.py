@@ -124,6 +124,11 @@ def needs_model(names: Iterable[str], settings: Settings) -> bool:
     return any(ENTRIES[name].group == "hallucination" or (ENTRIES[name].judged and not asks_elsewhere) for name in names)
 
 
+def needs_judge(names: Iterable[str]) -> bool:
+    """Whether a judge gives verdicts for one of these metrics."""
+    return any(ENTRIES[name].judged for name in names)
+
+
 def needs_embedder(names: Iterable[str]) -> bool:
     """Whether one of these metrics compares vectors."""
     return any(ENTRIES[name].judged or ENTRIES[name].group == "toxicity" for name in names)
@@ -145,7 +150,7 @@ async def make_metrics(
     wanted = chosen(names)
     groups = {ENTRIES[name].group for name in wanted}
     judge = None
-    if any(ENTRIES[name].judged for name in wanted):
+    if needs_judge(wanted):
         # The same judge for whatever is asked for, since the versions of the metrics name it.
         judge = open_judge(settings, engine() if needs_model(wanted, settings) else None, embedder())
     try:

@@ -10,12 +10,15 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from judge_server import completion, judge_server
 
-from agentops import Runtime, Settings
+from agentops import Runtime, ScriptedEngine, Settings
 from agentops.cli import main, progress
 from agentops.cli.evaluate import _experiment_names, _metric_names
+from agentops.retrieval.embed import HashEmbedder
 from agentops.store import open_store
 from agentops.tracer import catch_up
 
@@ -283,9 +286,6 @@ PROMPTED = """
 def test_a_prompt_is_replaced_for_an_experiment_and_when_it_is_taken_up(
     cli: Cli, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from agentops import ScriptedEngine
-    from agentops.retrieval.embed import HashEmbedder
-
     echoes = lambda settings, progress: ScriptedEngine(lambda request: request.messages[-1].content)  # noqa: E731
     monkeypatch.setattr("agentops.runtime.open_engine", echoes)
     monkeypatch.setattr(Runtime, "embedder", HashEmbedder())
@@ -314,6 +314,121 @@ def test_a_prompt_is_replaced_for_an_experiment_and_when_it_is_taken_up(
             if span.prompt_version
         }
         assert used == {("say", "## user\nother: {question}\n")}
+
+
+def graded(body: dict[str, Any], number: int) -> tuple[int, str]:
+    return completion('{"feedback": "so it is", "score": 5}')
+
+
+@pytest.fixture
+def judged(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Runs an experiment whose metric needs a judge."""
+    pytest.importorskip("ragas")
+    monkeypatch.setattr(Runtime, "embedder", HashEmbedder())
+    row = {"question": "a", "answer": "A", "rubric": {"1": "wrong", "5": "right"}}
+    Path("cases.jsonl").write_text(json.dumps(row) + "\n")
+    return lambda *more: cli("eval", "-d", "cases.jsonl", "-g", "loud.py:graph", "--metrics", "rubric", "--name", "one", *more)
+
+
+def test_an_experiment_is_taken_up_with_the_judge_that_it_was_begun_with(
+    cli: Cli, judged: Callable[..., Done], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down = True
+    reply = lambda body, number: (503, "{}") if down else graded(body, number)  # noqa: E731
+    monkeypatch.setenv("AGENTOPS_JUDGE_RETRIES", "0")
+    monkeypatch.setenv("AGENTOPS_JUDGE_API_KEY", "secret")
+    monkeypatch.setenv("AGENTOPS_BUDGET_STEPS", "7")
+    with judge_server(reply) as server, judge_server(graded) as other:
+        first = judged("--judge-url", server.url, "--judge", "big")
+        assert "0 scored + 1 unscored" in first.err
+        with open_store(settings) as store:
+            kept = store.experiment("one").settings
+        assert kept["settings"]["judge.url"] == server.url
+        assert kept["settings"]["budget.steps"] == 7
+        assert "secret" not in json.dumps(kept)
+        down = False
+        monkeypatch.setenv("AGENTOPS_JUDGE_URL", other.url)
+        monkeypatch.setenv("AGENTOPS_JUDGE_MODEL", "else")
+        for more in (("--judge-url", other.url), ("--judge", "else")):
+            refused = cli("eval", "--resume", "one", *more)
+            assert refused.code == 2
+            assert f"was begun with big at {server.url} as its judge" in refused.err
+        again = cli("eval", "--resume", "one", "--judge", "big")
+        assert "1 scored + 0 unscored" in again.err, again.err
+        assert (len(other.asked), server.asked[-1]["model"], server.keys[-1]) == (0, "big", "Bearer secret")
+
+
+def test_an_experiment_without_a_server_is_not_taken_up_with_one(
+    cli: Cli, judged: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentops.runtime.open_engine", lambda settings, progress: ScriptedEngine(()))
+    assert "1 unscored" in judged().err
+    with judge_server(graded) as server:
+        refused = cli("eval", "--resume", "one", "--judge", "big", "--judge-url", server.url)
+        assert (refused.code, "was begun with its engine's own model as its judge" in refused.err) == (2, True)
+        monkeypatch.setenv("AGENTOPS_JUDGE_URL", server.url)
+        monkeypatch.setenv("AGENTOPS_JUDGE_MODEL", "big")
+        assert cli("eval", "--resume", "one").code == 0
+        assert server.asked == []
+
+
+def test_a_key_does_not_go_to_an_address_that_a_folder_named_when_the_experiment_was_begun(
+    cli: Cli, judged: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with judge_server(lambda body, number: (503, "{}")) as server:
+        Path("agentops.toml").write_text(f'[judge]\nurl = "{server.url}"\nmodel = "big"\nretries = 0\n')
+        assert judged().code == 0
+        Path("agentops.toml").unlink()
+        monkeypatch.setenv("AGENTOPS_JUDGE_API_KEY", "secret")
+        refused = cli("eval", "--resume", "one")
+        assert refused.code != 0
+        assert "judge.api_key ($AGENTOPS_JUDGE_API_KEY) is not sent to" in refused.err
+        Path("agentops.toml").write_text('[judge]\napi_key = "another folder\'s"\n')
+        monkeypatch.delenv("AGENTOPS_JUDGE_API_KEY")
+        Path("elsewhere").mkdir()
+        Path("agentops.toml").rename("elsewhere/agentops.toml")
+        monkeypatch.chdir("elsewhere")
+        Path("loud.py").write_text(Path("../loud.py").read_text())
+        refused = cli("eval", "--resume", "one")
+        assert (refused.code != 0, "is not sent to" in refused.err) == (True, True)
+        assert set(server.keys) == {"Bearer none"}
+
+
+@pytest.mark.parametrize("mode", ["last", "--resume one", "--compare one two", "-d cases.jsonl -g loud.py:graph"])
+@pytest.mark.parametrize(("bar", "said"), [("exakt=.5", "no metric is called 'exakt'"), ("all=.5", "a bar is for one metric")])
+def test_a_bar_for_what_is_no_metric_is_told(cli: Cli, mode: str, bar: str, said: str) -> None:
+    for name in ("one", "two"):
+        assert experiment(cli, "loud", "--name", name, "--quiet").code == 0
+    done = cli("eval", *mode.split(), "--fail-under", bar)
+    assert (done.code, said in done.err) == (2, True), done.err
+
+
+def test_cases_that_failed_are_run_again_where_that_is_asked_for(cli: Cli) -> None:
+    Path("cases.jsonl").write_text('{"question": "fail", "answer": "FAIL"}\n{"question": "a", "answer": "A"}\n')
+    assert "1 failed" in experiment(cli, "loud", "--name", "one").err
+    Path("loud.py").write_text(Path("loud.py").read_text().replace('"fail"', '"never"'))
+    assert "0 run now" in cli("eval", "--resume", "one").err
+    again = cli("eval", "--resume", "one", "--retry-failed", "--fail-under", "exact=1")
+    assert (again.code, "1 run now" in again.err, "failed" in again.err) == (0, True, False), again.err
+    assert cli("eval", "last", "--retry-failed").code == 2
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+@pytest.mark.parametrize("threads", [False, True])
+def test_experiments_that_hardly_differ_are_compared(cli: Cli, moved: int, threads: bool) -> None:
+    rows = [
+        {"id": f"c{n}", "question": f"{'x' if n // 2 < moved else 'X'} {n}", "answer": f"X {n}"}
+        | ({"thread": f"t{n // 2}"} if threads else {})
+        for n in range(8)
+    ]
+    Path("same.py").write_text(Path("loud.py").read_text().replace(".upper()", ".strip()"))
+    Path("cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:: 1 if threads else 2]))
+    experiment(cli, "loud", "--name", "one", "--quiet")
+    experiment(cli, "same", "--name", "two", "--quiet")
+    done = cli("eval", "--compare", "one", "two", "--json")
+    assert done.code == 0, done.err
+    (exact,) = json.loads(done.out)["comparison"]["metrics"]
+    assert (exact["p"], exact["lower"]) == (0.5 if moved == 2 else 1.0, moved * (2 if threads else 1))
 
 
 @pytest.mark.model

@@ -273,6 +273,39 @@ def test_turns_of_a_thread_are_asked_in_order_and_those_after_a_failure_fail(set
     assert len(set(threads.values())) == 3
 
 
+def test_what_has_failed_is_run_again_when_that_is_asked_for(settings: Settings) -> None:
+    rows = [
+        {"id": "t1", "question": "alpha", "thread": "t"},
+        {"id": "t2", "question": "beta", "thread": "t"},
+        {"id": "t3", "question": "gamma", "thread": "t"},
+        {"id": "alone", "question": "delta"},
+        {"id": "fine", "question": "epsilon"},
+    ]
+    down, called = True, []
+
+    async def node(state: State) -> State:
+        called.append(state["question"])
+        if down and state["question"] in ("beta", "delta"):
+            raise ConnectionError("down")
+        return await echo(state)
+
+    data = dataset_of("d", rows)
+    key, first = go(settings, data, node, Length())
+    assert (first.failed, first.scored) == (3, 2)
+    down = False
+    called.clear()
+    _, again = go(settings, data, node, Length(), again=key, retry_failed=True)
+    assert sorted(called) == ["beta", "delta", "gamma"], "what is done is not run again"
+    assert again == Tally(cases=5, run=3, failed=0, judged=3, asked=5, scored=5, unscored=0)
+    with record(settings) as store:
+        runs = {one.case_id: store.run(one.run_id or "") for one in store.cases(key)}
+        last = store.payload(runs["t3"].output_hash or "")
+        (arm,) = report_of(store, experiment=key).arms
+    assert [turn["question"] for turn in last["history"]] == ["alpha", "beta", "gamma"], "each turn once"
+    assert len({runs[turn].thread_id for turn in ("t1", "t2", "t3")}) == 1
+    assert arm.metrics[0].scored == 5
+
+
 def test_a_run_that_waits_for_a_person_is_scored_as_it_stands(settings: Settings) -> None:
     def asks(state: State) -> State:
         return {"answer": interrupt("may I?")}
