@@ -16,7 +16,8 @@ from textual.screen import Screen
 
 from agentops.errors import AgentOpsError, UsageError
 from agentops.settings import Settings
-from agentops.store.pages import RunLine
+from agentops.store.pages import Pages, RunLine
+from agentops.text import clean
 from tui.actions import SECTIONS, bindings, of
 from tui.data import Answer, Changed, Reader, Trouble
 from tui.screens.base import Base
@@ -96,7 +97,8 @@ class TerminalApp(App[None]):
         self.counts: dict[str, int] = {}
         self.trouble: AgentOpsError | None = None
         self.jobs: list[Job] = []
-        self.reader = Reader(settings, self.post_message, None if read_only else catch_up)
+        self.catch_up = None if read_only else catch_up
+        self.reader = Reader(settings, self.post_message, self.catch_up)
         section, _, self._first_run = open_at.partition("/")
         if section == "run" and self._first_run:
             section = "runs"
@@ -123,6 +125,12 @@ class TerminalApp(App[None]):
         if not self.read_only:
             self.state.theme = self.theme
             save_state(self.settings, self.state)
+
+    async def on_event(self, event: events.Event) -> None:
+        # What is pasted comes from anywhere; whatever takes it shows it.
+        if isinstance(event, events.Paste) and not event.is_forwarded:
+            event.text = clean(event.text)
+        await super().on_event(event)
 
     def on_resize(self, event: events.Resize) -> None:
         with self.wire.lock:
@@ -208,9 +216,18 @@ class TerminalApp(App[None]):
                 self.tell(f"run {run_id} is {run.status if run else 'gone'}; there is nothing to stop")
                 return
             question = f"Stop run {run.id}? Its process {run.pid} is interrupted as by Ctrl-C, with all that runs in it."
-            self.push_screen(Confirm(question), lambda yes: stop(run) if yes else None)
+            self.push_screen(Confirm(question), lambda yes: self.reader.ask("cancel", now, stop) if yes else None)
 
-        def stop(run: RunLine) -> None:
+        def now(pages: Pages) -> RunLine | None:
+            # The answer took its time: what is still in the journal counts too.
+            if self.catch_up is not None:
+                self.catch_up()
+            return pages.run_line(run_id)
+
+        def stop(run: RunLine | None) -> None:
+            if run is None or run.status != "running":
+                self.tell(f"run {run_id} is {run.status if run else 'gone'} by now; there is nothing to stop")
+                return
             try:
                 interrupt_process(self.settings, run)
             except AgentOpsError as error:
@@ -219,7 +236,7 @@ class TerminalApp(App[None]):
                 self.tell(f"process {run.pid} was asked to stop")
 
         if not self.read_only:
-            self.reader.ask("cancel", lambda pages: pages.run_line(run_id), look)
+            self.reader.ask("cancel", now, look)
 
     def _poll_jobs(self) -> None:
         for job in self.jobs:

@@ -1,7 +1,8 @@
 """The thread that reads the record, so that no screen ever waits for a disk or a lock.
 
 A screen asks for something to be read and is given the answer in its own thread; when somebody has written to the record, it
-is told, and asks again. What goes wrong while reading is told once, as `Trouble`, and is over when reading works again.
+is told, and asks again. What goes wrong while reading is told once, as `Trouble`, and is over when reading works again; whatever
+it is, the thread goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 from textual.message import Message
 
-from agentops.errors import AgentOpsError
+from agentops.errors import AgentOpsError, RecordError, StoreLocked
 from agentops.settings import Settings
 from agentops.store.pages import Pages, open_pages
 
@@ -26,6 +27,9 @@ _CATCH_UP_S = 1.5
 _RETRY_S = 0.5
 _SHARE = 4
 """What is read again because of a change rests four times as long as it took: a fifth of one core at most."""
+_TRIES = 3
+"""A question that fails so often, although the record can be opened and nobody holds it, fails for a reason of its own."""
+_JOURNALS = "journals"
 
 
 class Changed(Message):
@@ -69,7 +73,10 @@ class Reader:
         self._stop = False
         self._pages: Pages | None = None
         self._token: int | None = None
-        self._trouble: str | None = None
+        self._trouble: AgentOpsError | None = None
+        self._faults: dict[str, AgentOpsError] = {}
+        self._tries: dict[str, int] = {}
+        self._told = ""
         self._working = 0
         self._caught_up = 0.0
         self._thread = threading.Thread(target=self._loop, name="agentops-reader", daemon=True)
@@ -130,14 +137,11 @@ class Reader:
         assert self._pages is not None
         try:
             answer = question.work(self._pages)
-        except AgentOpsError as error:
-            with self._wake:
-                self._working -= 1
-                self._asked.setdefault(name, question)
-            self._fail(error)
+        except Exception as error:
+            self._failed(name, question, error, time.monotonic() - now)
             return
-        spent = time.monotonic() - now
-        self._rest[name] = now + spent * (1 + _SHARE)
+        self._rest[name] = now + (time.monotonic() - now) * (1 + _SHARE)
+        self._right(name)
 
         def deliver() -> None:
             try:
@@ -146,7 +150,22 @@ class Reader:
                 with self._wake:
                     self._working -= 1
 
-        self._post(Answer(deliver))
+        self._say(Answer(deliver))
+
+    def _failed(self, name: str, question: _Question, error: Exception, spent: float) -> None:
+        """What the record is to blame for is asked again when it can be read; what is the question's own fault is not."""
+        self._tries[name] = tries = self._tries.get(name, 0) + (not isinstance(error, StoreLocked))
+        again = isinstance(error, AgentOpsError) and tries < _TRIES
+        with self._wake:
+            self._working -= 1
+            if again:
+                self._asked.setdefault(name, question)
+        if again:
+            self._fail(_known(error))
+        else:
+            self._rest[name] = time.monotonic() + max(_RETRY_S, spent * _SHARE)
+            self._faults[name] = _known(error)
+            self._tell()
 
     def _poll(self) -> None:
         try:
@@ -155,34 +174,75 @@ class Reader:
                 self._pages = open_pages(self._settings)
                 self._token = None
             token = self._pages.change()
-        except AgentOpsError as error:
-            self._fail(error)
+        except Exception as error:
+            self._fail(_known(error))
             return
         if self._trouble is not None:
             self._trouble = None
-            self._post(Trouble(None))
+            self._tell()
             self._token = None
         if token != self._token:
             self._token = token
-            self._post(Changed())
+            self._say(Changed())
 
     def _keep_up(self) -> None:
         if self._catch_up is None or time.monotonic() - self._caught_up < _CATCH_UP_S:
             return
         self._caught_up = time.monotonic()
         journal = self._settings.paths.home / "journal"
-        # A record that was taken away is not made anew behind its owner's back.
-        if (self._settings.paths.home / "record.db").exists() and journal.is_dir() and any(journal.iterdir()):
-            self._catch_up()
+        try:
+            # A record that was taken away is not made anew behind its owner's back.
+            if (self._settings.paths.home / "record.db").exists() and journal.is_dir() and any(journal.iterdir()):
+                self._catch_up()
+        except AgentOpsError:
+            raise
+        except Exception as error:
+            # What is on record can be read all the same.
+            self._faults[_JOURNALS] = _known(error)
+            self._tell()
+        else:
+            if self._faults.pop(_JOURNALS, None):
+                self._tell()
 
     def _fail(self, error: AgentOpsError) -> None:
         self._close()
-        if self._trouble != str(error):
-            self._trouble = str(error)
-            self._post(Trouble(error))
+        self._trouble = error
+        self._tell()
+
+    def _right(self, name: str) -> None:
+        """An answer ends its own fault, and those of screens that are no longer asked for."""
+        self._tries.pop(name, None)
+        screen = name.partition(".")[0]
+        left = {
+            other: error
+            for other, error in self._faults.items()
+            if other == _JOURNALS or (other != name and other.partition(".")[0] == screen)
+        }
+        if len(left) < len(self._faults):
+            self._faults = left
+            self._tell()
+
+    def _tell(self) -> None:
+        error = self._trouble or next(iter(self._faults.values()), None)
+        if (said := str(error or "")) != self._told:
+            self._told = said
+            self._say(Trouble(error))
+
+    def _say(self, message: Message) -> None:
+        # The application may be over by now.
+        with contextlib.suppress(RuntimeError):
+            self._post(message)
 
     def _close(self) -> None:
         if self._pages is not None:
             with contextlib.suppress(Exception):
                 self._pages.close()
             self._pages = None
+
+
+def _known(error: Exception) -> AgentOpsError:
+    """An error that can be shown."""
+    if isinstance(error, AgentOpsError):
+        return error
+    said = f"this cannot be read: {type(error).__name__}: {error}"
+    return RecordError(said[:300], hint="the rest goes on; what it is about is in: agentops show")

@@ -8,9 +8,12 @@ import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from agentops.errors import UsageError
 from agentops.settings import Settings
 from agentops.store.pages import SORTS
+from agentops.text import clean
 from tui.actions import SECTIONS
+from tui.query import LONGEST, parse
 
 FILE = "tui.json"
 
@@ -35,9 +38,13 @@ def load_state(settings: Settings) -> State:
     if isinstance(found, dict):
         for spec in fields(State):
             if type(value := found.get(spec.name)) is type(getattr(state, spec.name)):
-                setattr(state, spec.name, value[:500] if isinstance(value, str) else value)
+                setattr(state, spec.name, clean(value[:LONGEST]) if isinstance(value, str) else value)
     state.section = state.section if state.section in SECTIONS else "runs"
     state.sort = state.sort if state.sort in SORTS else "started"
+    try:
+        parse(state.filter, 0)
+    except UsageError:
+        state.filter = ""
     return state
 
 

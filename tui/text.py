@@ -49,8 +49,15 @@ def preview(text: str) -> tuple[str, bool]:
 
 
 def as_text(value: Any) -> str:
-    """A string as it is, anything else as indented JSON."""
-    return value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    """A string as it is, anything else as indented JSON; what is nested too deeply for that, in one line or not at all."""
+    if isinstance(value, str):
+        return value
+    for indent in (2, None):
+        try:
+            return json.dumps(value, indent=indent, ensure_ascii=False, default=str)
+        except (RecursionError, ValueError):
+            continue
+    return "(it is nested too deeply to be shown)"
 
 
 def wrapped(text: str, cells: int) -> Iterator[str]:

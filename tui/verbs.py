@@ -24,7 +24,8 @@ _KEPT_BYTES = 1_000_000
 
 
 class Job:
-    """A verb at work. `text` is what it has said so far, foreign text; `code` its exit code once it has ended."""
+    """A verb at work. `text` is what it has said so far, the last million bytes of it, foreign text; `code` its exit code once
+    it has ended."""
 
     def __init__(self, settings: Settings, words: Sequence[str], *, given: str = "") -> None:
         """Starts `agentops WORDS` with `given` on its standard input.
@@ -60,7 +61,8 @@ class Job:
         if self.code is not None:
             return False
         code = self._process.poll()
-        raw = os.pread(self._output.fileno(), _KEPT_BYTES, 0)
+        handle = self._output.fileno()
+        raw = os.pread(handle, _KEPT_BYTES, max(0, os.fstat(handle).st_size - _KEPT_BYTES))
         text = raw.decode("utf-8", "replace")
         new = text != self.text or code is not None
         self.text, self.code = text, code
@@ -102,14 +104,13 @@ def interrupt_process(settings: Settings, run: RunLine) -> None:
         raise RecordError(f"run {run.id} is {run.status}; there is nothing to stop")
     if not run.pid or not run.segment or not hasattr(os, "pidfd_open"):
         raise RecordError(f"the process of run {run.id} cannot be told for certain", hint="press Ctrl-C in its terminal")
-    segment = settings.paths.home / "journal" / Path(run.segment).name
     try:
         handle = os.pidfd_open(run.pid)
     except OSError as error:
         raise RecordError(f"process {run.pid} of run {run.id} has ended") from error
     try:
         # From here on the handle names this process, whatever becomes of its number.
-        if not _holds(run.pid, segment):
+        if not _works_on(settings, run):
             raise RecordError(
                 f"process {run.pid} is not the one of run {run.id}, or not yours", hint="see: agentops runs --status running"
             )
@@ -138,10 +139,17 @@ def _holds(pid: int, file: Path) -> bool:
     return False
 
 
-def memory_bytes(pid: int) -> int | None:
-    """What a process holds in memory, where this system tells."""
+def _works_on(settings: Settings, run: RunLine) -> bool:
+    """Whether the process that a run names is the one that it was started in: a number of a process is used again."""
+    return bool(run.pid and run.segment) and _holds(run.pid, settings.paths.home / "journal" / Path(run.segment).name)
+
+
+def memory_bytes(settings: Settings, run: RunLine) -> int | None:
+    """What the process of a run holds in memory; None where that process is gone, or this system does not tell."""
+    if not _works_on(settings, run):
+        return None
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+        pages = int(Path(f"/proc/{run.pid}/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError, IndexError):
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -32,6 +32,7 @@ def tui(
     """Open the screens: watch runs, read traces, answer what runs ask, look at experiments and the engine."""
     from agentops.settings import load_settings
     from agentops.store import open_store
+    from agentops.store.pages import open_pages
     from agentops.tracer.drain import catch_up
 
     settings = load_settings()
@@ -39,9 +40,12 @@ def tui(
     dumb = os.environ.get("TERM", "dumb") == "dumb" or not (sys.stdout.isatty() and sys.stdin.isatty())
     if dumb and not serve and not browser:
         raise UsageError("the screens need a terminal", hint="without one: agentops runs, agentops show, agentops inbox")
-    # Made or upgraded before the screens open, so that what is wrong with it is said in one line.
-    catch_up(settings)
-    open_store(settings).close()
+    # Opened before the screens are, so that what is wrong with it is said in one line.
+    if read_only or serve:
+        open_pages(settings, wait_s=settings.record.lock_timeout_s).close()
+    else:
+        catch_up(settings)
+        open_store(settings).close()
     if serve:
         _serve(screen, theme, port)
         return

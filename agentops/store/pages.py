@@ -271,7 +271,9 @@ def _has(place: Any, text: str) -> Any:
 
 def _called(place: Any, name: str) -> Any:
     ends = (place.iendswith(mark + name, autoescape=True) for mark in ("/", ":"))
-    return or_(func.lower(place) == name.lower(), *ends, place.istartswith(f"{name}:", autoescape=True), _has(place, f"/{name}:"))
+    return or_(
+        func.lower(place) == func.lower(name), *ends, place.istartswith(f"{name}:", autoescape=True), _has(place, f"/{name}:")
+    )
 
 
 def _span_columns() -> Select[Any]:

@@ -384,8 +384,11 @@ async def test_cancel_interrupts_the_process_of_the_run_and_no_other(record: Set
             await press(pilot, "n")
             assert process.poll() is None
             await press(pilot, "c", "y")
-            assert process.stdout.readline() == "interrupted\n"
+            begun = time.monotonic()
+            while "was asked to stop" not in said(app) and time.monotonic() - begun < 10:
+                await pilot.pause(0.05)
             assert "was asked to stop" in said(app)
+            assert process.stdout.readline() == "interrupted\n"
     finally:
         process.kill()
         process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import SequenceMatcher
 from typing import ClassVar
 
 from rich.text import Text
@@ -23,7 +24,9 @@ def _title(text: str) -> Static:
 
 
 class Write(ModalScreen[str | None]):
-    """Asks for a text, beginning with one; None when it is given up. `title` and `text` are foreign text."""
+    """Asks for a text, beginning with one; None when it is given up. `title` and `text` are foreign text.
+
+    What of it cannot be shown stays in the lines that are not changed; a changed line is what was seen."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+s", "send", "Send", priority=True),
@@ -33,19 +36,23 @@ class Write(ModalScreen[str | None]):
     def __init__(self, title: str, text: str = "") -> None:
         super().__init__()
         self._title = title
-        self._text = clean(text).expandtabs(4)
+        self._text = text
+        self._shown = "\n".join(map(clean, text.split("\n")))
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield _title(self._title)
-            yield TextArea(self._text, soft_wrap=True, show_line_numbers=False, id="text")
+            if hidden := len(self._text) - len(self._shown):
+                said = f"{hidden:,} characters that cannot be shown stay where they are, in the lines that you do not change"
+                yield Static(Text(said, style="yellow"), id="hidden", markup=False)
+            yield TextArea(self._shown, soft_wrap=True, show_line_numbers=False, id="text")
             yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
         self.query_one("#text").focus()
 
     def action_send(self) -> None:
-        self.dismiss(self.query_one("#text", TextArea).text)
+        self.dismiss(restored(self._text, self._shown, self.query_one("#text", TextArea).text))
 
     def action_leave(self) -> None:
         self.dismiss(None)
@@ -54,6 +61,16 @@ class Write(ModalScreen[str | None]):
     def fits(text: str) -> bool:
         """Whether a text is short enough to be edited here; a longer one would hold up the screen for seconds."""
         return len(text.encode("utf-8", "replace")) <= 4 * PREVIEW_BYTES
+
+
+def restored(text: str, shown: str, written: str) -> str:
+    """What was written, with the lines of `text` for those that are as they were `shown`, line by line."""
+    if text == shown:
+        return written
+    lines, before, after = text.split("\n"), shown.split("\n"), written.split("\n")
+    for start, at, size in SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks():
+        after[at : at + size] = lines[start : start + size]
+    return "\n".join(after)
 
 
 class Confirm(ModalScreen[bool]):

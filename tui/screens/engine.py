@@ -18,6 +18,7 @@ from tui.screens.base import Base
 from tui.verbs import memory_bytes
 from tui.widgets.detail import Detail, Part
 
+_MOST = 20
 _BUCKETS = 60
 _MINUTE_NS = 60_000_000_000
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
@@ -26,6 +27,10 @@ NOTHING = """No model call is on record yet.
 Speed, cache and queue are those of recorded calls; this one makes some:
 
     agentops run rag "a question" """
+
+
+Running = tuple[RunLine, int | None]
+"""A run at work, and the bytes that its process holds in memory, where that can be told."""
 
 
 class EngineScreen(Base):
@@ -48,20 +53,24 @@ class EngineScreen(Base):
             self.read(calm=True)
 
     def read(self, *, calm: bool = False) -> None:
-        def work(pages: Pages) -> tuple[list[CallLine], list[RunLine]]:
-            keys = pages.run_keys(RunFilter(statuses=("running",)), "started", limit=20)
-            return pages.calls(), list(pages.run_lines(keys).values())
+        settings = self.terminal.settings
+
+        def work(pages: Pages) -> tuple[list[CallLine], list[Running], int]:
+            keys = pages.run_keys(RunFilter(statuses=("running",)), "started")
+            lines = pages.run_lines(keys[:_MOST])
+            running = [(line, memory_bytes(settings, line)) for key in keys[:_MOST] if (line := lines.get(key))]
+            return pages.calls(), running, max(0, len(keys) - _MOST)
 
         self.ask("calls", work, lambda found: self._show(*found), calm=calm)
 
-    def _show(self, calls: list[CallLine], running: list[RunLine]) -> None:
+    def _show(self, calls: list[CallLine], running: list[Running], more: int) -> None:
         meters = self.query_one("#meters", Detail)
         self.show_nothing(not calls and not running, instead_of=meters)
-        meters.show_parts(engine_parts(calls, running, self.terminal.now_ns()))
+        meters.show_parts(engine_parts(calls, running, self.terminal.now_ns(), more))
 
 
-def engine_parts(calls: Sequence[CallLine], running: Sequence[RunLine], now_ns: int) -> list[Part]:
-    """The meters. Sparklines have a column a minute, the newest at the right."""
+def engine_parts(calls: Sequence[CallLine], running: Sequence[Running], now_ns: int, more: int = 0) -> list[Part]:
+    """The meters. Sparklines have a column a minute, the newest at the right. `more` runs are at work than those given."""
     parts: list[Part] = []
     for title, since_ns in (("The last hour", now_ns - _BUCKETS * _MINUTE_NS), ("All that was read", 0)):
         chosen = [call for call in calls if call.start_ns >= since_ns]
@@ -79,10 +88,11 @@ def engine_parts(calls: Sequence[CallLine], running: Sequence[RunLine], now_ns: 
         mine = [call for call in calls if (call.model or "-") == model]
         parts.append(Part("", f"{model}: {len(mine):,} calls, {_speed(mine)}", block=True))
     parts.append(Part("Running now", "" if running else "no run is at work", block=True))
-    for run in running:
-        held = memory_bytes(run.pid)
+    for run, held in running:
         memory = f"{held / 2**20:,.0f} MB" if held is not None else "memory unknown"
         parts.append(Part("", f"process {run.pid}  {memory}  {run.id}  {duration(now_ns - run.started_ns)}", "live", block=True))
+    if more:
+        parts.append(Part("", f"and {more:,} more", "live", block=True))
     return parts
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Container
+from textual.widgets import Static
 
 from agentops.errors import AgentOpsError
 from agentops.records import Decision, Interrupt
@@ -24,7 +25,7 @@ from tui.widgets.detail import Detail, Part, content, content_parts
 from tui.widgets.lines import Lines
 from tui.widgets.table import Column, Table
 
-_MOST = 500
+MOST = 500
 NOTHING = """No run waits for an answer.
 
 A run comes here when its graph asks a person: when a tool wants an approval, or a node calls
@@ -60,6 +61,7 @@ class InboxScreen(Base):
             ),
             Column("node", 16, lambda one: (one.interrupt.node if one.interrupt else "", "dim"), least=120),
         ]
+        yield Static("", id="summary", markup=False)
         with Container(id="halves"):
             yield Table(columns, id="table")
             yield Detail(id="detail")
@@ -74,12 +76,21 @@ class InboxScreen(Base):
     def read(self, *, calm: bool = False) -> None:
         self.ask("list", _waiting, self._show, calm=calm)
 
-    def _show(self, found: list[Asked]) -> None:
+    def _show(self, answer: tuple[list[Asked], int]) -> None:
+        found, more = answer
         held = self._table.row
         self._table.show_rows(found)
         if held is not None:
             same = [place for place, one in enumerate(found) if _same(one, held)]
-            self._table.move_to(same[0] if same else self._table.cursor)
+            if same:
+                self._table.move_to(same[0])
+            else:
+                # Whoever is about to answer must not answer another one that stands in its place.
+                self._table.choose_none()
+                self.news("the question that was chosen is not asked any more", "yellow")
+        summary = self.query_one("#summary", Static)
+        summary.display = bool(more)
+        summary.update(f"{more:,} older run{'s wait' if more > 1 else ' waits'} too and {'are' if more > 1 else 'is'} not shown")
         self.show_nothing(not found, instead_of=self.query_one("#halves"))
         self._show_detail()
 
@@ -173,6 +184,8 @@ class InboxScreen(Base):
 
     def _asked(self) -> tuple[RunRow, Interrupt] | None:
         one = self._table.row
+        if one is None:
+            self.news("no question is chosen: choose one with the arrows" if self._table.line_count else "", "yellow")
         if one is not None and one.interrupt is None:
             self.news(f"what it asks is not on record; answer with: agentops resume {one.run.id} --answer TEXT", "yellow")
         return None if one is None or one.interrupt is None else (one.run, one.interrupt)
@@ -200,13 +213,15 @@ def _same(one: Asked, other: Asked) -> bool:
     return one.run.id == other.run.id and (one.interrupt and one.interrupt.id) == (other.interrupt and other.interrupt.id)
 
 
-def _waiting(pages: Pages) -> list[Asked]:
+def _waiting(pages: Pages) -> tuple[list[Asked], int]:
+    """The questions, and how many more runs wait than they are of."""
     found: list[Asked] = []
-    for run in reversed(pages.runs(status="waiting", limit=_MOST)):
+    runs = pages.runs(status="waiting", limit=MOST)
+    for run in reversed(runs):
         try:
             pending: tuple[Interrupt | None, ...] = pages.pending(run) or (None,)
         except AgentOpsError:
             pending = (None,)
         given = as_text(content(pages, run.input_hash)) if run.input_hash else ""
         found += [Asked(run, one, given) for one in pending]
-    return found
+    return found, max(0, pages.statuses().get("waiting", 0) - len(runs))

@@ -86,7 +86,7 @@ class RunScreen(Base):
         if first and self._span is not None:
             trace.go_to(self._span)
         if self._following and news:
-            trace.move_to(trace.line_count - 1)
+            trace.go_to_newest()
         self._show_head()
         self.show_nothing(not trace.line_count, instead_of=self.query_one("#halves"))
         if news:
@@ -95,6 +95,7 @@ class RunScreen(Base):
     def _show_head(self) -> None:
         run = self._run
         if run is None:
+            self.query_one("#head", Static).update(Text(f"✗ {flatten(self.run_id)} is not on record any more", style="bold red"))
             return
         mark, _ = INKS.get(run.status, ("?", ""))
         took = self.terminal.now_ns() - run.started_ns if run.status == "running" else run.duration_ns
@@ -147,7 +148,7 @@ class RunScreen(Base):
         self._following = not self._following
         self.news("the cursor stays on the newest span" if self._following else "the cursor stays where it is")
         if self._following:
-            self._trace.move_to(self._trace.line_count - 1)
+            self._trace.go_to_newest()
 
     def action_detail(self) -> None:
         self.toggle_class("-detail")

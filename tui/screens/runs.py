@@ -12,10 +12,10 @@ from textual.widgets import Input, Static
 
 from agentops.errors import UsageError
 from agentops.records import RunStatus
-from agentops.store.pages import SORTS, Pages, RunLine, Sort
+from agentops.store.pages import SORTS, Pages, RunFilter, RunLine, Sort
 from agentops.text import count, duration, moment, short_name
 from tui.actions import bindings
-from tui.query import HELP, parse
+from tui.query import HELP, LONGEST, parse
 from tui.screens.base import Base
 from tui.text import flatten
 from tui.widgets.lines import Lines, Piece
@@ -49,13 +49,18 @@ def status_piece(status: RunStatus) -> Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What one reading found: the keys in order, rows of some, and how many runs have which status."""
+    """What one reading found: the keys in order, rows of some, and how many runs have which status; which run was the last to be
+    recorded, by key and id."""
 
     keys: array[int]
     rows: dict[int, RunLine]
     counts: dict[str, int]
-    last: int
+    last: tuple[int, str]
     whole: bool
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
 
 
 class RunsScreen(Base):
@@ -66,7 +71,7 @@ class RunsScreen(Base):
     BINDINGS: ClassVar[list[BindingType]] = [*bindings("runs")]
 
     def body(self) -> ComposeResult:
-        yield Input(placeholder=HELP, id="filter", select_on_focus=False)
+        yield Input(placeholder=HELP, id="filter", select_on_focus=False, max_length=LONGEST)
         yield Static("", id="summary", markup=False)
         now = self.terminal.now_ns
 
@@ -86,8 +91,7 @@ class RunsScreen(Base):
         yield Table(columns, id="table")
 
     def on_mount(self) -> None:
-        self._keys_upto = 0
-        self._whole = False
+        self._seen: _Seen | None = None
         self._asked_for: object = None
         self._shown_for: object = None
         self.query_one("#filter").display = False
@@ -106,29 +110,31 @@ class RunsScreen(Base):
             return
         sort, descending = cast("Sort", state.sort), state.descending
         asked = (state.filter, sort, descending)
-        again = asked == self._asked_for and self._whole
+        # The list that is shown, which may be another than the last that was asked for.
+        held = self._seen if asked == self._shown_for and self._seen is not None and self._seen.whole else None
         self._asked_for = asked
-        # Only what is new is read where what was there cannot have moved.
-        grows = again and sort == "started" and descending and not wanted.statuses
-        held, upto, seen = self._table.keys, self._keys_upto, self._table.seen_keys()
-        full = again or calm
+        # Only what is new is read where what was there cannot have moved, come or gone.
+        stays = RunFilter(graphs=wanted.graphs, threads=wanted.threads)
+        grows = held if sort == "started" and descending and wanted == stays else None
+        seen = self._table.seen_keys()
+        full = held is not None or calm
 
         def work(pages: Pages) -> _Seen:
             last = pages.last_run_key()
-            if grows:
-                new = pages.new_run_keys(wanted, upto) if last > upto else array("q")
-                keys, whole = new + held, True
-            else:
+            counts = pages.statuses()
+            keys = _grown(pages, grows, wanted, sum(counts.values())) if grows is not None else None
+            whole = keys is not None or full
+            if keys is None:
                 keys = pages.run_keys(wanted, sort, descending=descending, limit=None if full else _FIRST)
                 whole = full or len(keys) < _FIRST
             # Home and End find their rows here.
-            rows = pages.run_lines({*keys[:100], *keys[-100:], *seen})
-            return _Seen(keys, rows, pages.statuses(), last, whole)
+            rows = pages.run_lines({*keys[:100], *keys[-100:], *seen, last})
+            return _Seen(keys, rows, counts, (last, rows[last].id if last in rows else ""), whole)
 
         def deliver(found: _Seen) -> None:
             if asked != self._asked_for:
                 return
-            self._keys_upto, self._whole = found.last, found.whole
+            self._seen = found
             table = self._table
             table.sorted_by = (sort, descending)
             table.show(found.keys, to_first=state.follow or asked != self._shown_for)
@@ -143,7 +149,7 @@ class RunsScreen(Base):
 
     def _summarise(self, found: _Seen) -> None:
         state = self.terminal.state
-        total = sum(found.counts.values())
+        total = found.total
         shown = f"{len(found.keys):,} of {total:,} runs" if state.filter else f"{total:,} runs"
         by = ", ".join(f"{number:,} {name}" for name, number in sorted(found.counts.items()))
         parts = [shown, by, f"filter: {state.filter}" if state.filter else "", "following" if state.follow else ""]
@@ -232,3 +238,19 @@ class RunsScreen(Base):
     def action_replay(self) -> None:
         if (run := self._table.row) is not None:
             self.terminal.start_job(["replay", run.id])
+
+
+def _grown(pages: Pages, held: _Seen, wanted: RunFilter, total: int) -> array[int] | None:
+    """The keys of a list, newest first, with those of runs that were recorded since; None where runs went, or came that started
+    before others: then all have to be read."""
+    upto, run_id = held.last
+    rows = pages.run_lines([upto])
+    new = pages.new_run_keys(RunFilter(), upto)
+    if (rows[upto].id if upto in rows else "") != run_id or total != held.total + len(new):
+        return None
+    mine = pages.new_run_keys(wanted, upto) if wanted != RunFilter() else new
+    if mine and held.keys:
+        ends = pages.run_lines([mine[-1], held.keys[0]])
+        if len(ends) < 2 or ends[mine[-1]].started_ns < ends[held.keys[0]].started_ns:
+            return None
+    return mine + held.keys

@@ -5,7 +5,7 @@ What is shown is made of `Part`s, in the reader's thread; the widget wraps them 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,10 +83,20 @@ def _lines(part: Part, width: int) -> Iterator[list[Piece]]:
         yield [(f"{lead}  … only the first {PREVIEW_BYTES // 1024} KB are shown", "warn")]
 
 
+def guarded(name: str, make: Callable[[], Iterable[Part]]) -> list[Part]:
+    """The parts that `make` gives; where what is on record makes no sense, one that says so."""
+    try:
+        return list(make())
+    except AgentOpsError:
+        raise
+    except Exception as error:
+        return [Part(name, f"(it cannot be shown: {type(error).__name__}: {str(error)[:300]})", "warn", block=True)]
+
+
 def span_parts(store: Store, span_id: str) -> list[Part]:
     """All that is on record of a span."""
     span = store.span(span_id)
-    parts = list(_facts(span))
+    parts = guarded(span.kind, lambda: _facts(span))
     scores = [row for row in store.scores(run=span.run_id) if row.span_id in (None, span.id)]
     if span.parent_id is not None:
         scores = [row for row in scores if row.span_id == span.id]
@@ -94,7 +104,7 @@ def span_parts(store: Store, span_id: str) -> list[Part]:
     for name, held in (("input", span.input_hash), ("output", span.output_hash)):
         if held is not None:
             parts += content_parts(name, content(store, held))
-    parts += _small_print(span)
+    parts += guarded("more", lambda: _small_print(span))
     if span.prompt_version:
         parts += _prompt(store, span)
     if stack := span.attributes.get("stack"):
@@ -106,7 +116,7 @@ def content(store: Store, name: str) -> Any:
     """What a hash names; where it is gone or damaged, a sentence that says so."""
     try:
         return store.payload(name)
-    except AgentOpsError as error:
+    except (AgentOpsError, RecursionError) as error:
         return f"({error})"
 
 
@@ -169,8 +179,12 @@ def _prompt(store: Store, span: SpanRow) -> Iterator[Part]:
     yield Part(f"prompt {span.prompt_name}", template, "dim", block=True)
 
 
-def content_parts(name: str, value: Any) -> Iterator[Part]:
+def content_parts(name: str, value: Any) -> list[Part]:
     """Messages as a conversation, documents as a list, anything else as it is or as JSON."""
+    return guarded(name, lambda: _content_parts(name, value))
+
+
+def _content_parts(name: str, value: Any) -> Iterator[Part]:
     said: Any = value.get("messages") if isinstance(value, Mapping) else None
     if _all_have(said, "role", "content"):
         yield Part(name, f"{len(said)} messages", "dim")

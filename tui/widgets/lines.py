@@ -153,6 +153,11 @@ class Lines(ScrollView, can_focus=True):
             if tell:
                 self.post_message(self.Moved(self))
 
+    def choose_none(self) -> None:
+        """Puts the cursor on no line, until it is moved again."""
+        before, self.cursor = self.cursor, -1
+        self.refresh_index(before)
+
     def _reveal(self, index: int) -> None:
         height = max(1, self.size.height - self.head_lines)
         first = self.scroll_offset.y

@@ -79,7 +79,7 @@ class Table(Lines, Generic[R]):
     @property
     def key(self) -> int | None:
         """The key under the cursor."""
-        return self.keys[self.cursor] if self.cursor < len(self.keys) else None
+        return self.keys[self.cursor] if 0 <= self.cursor < len(self.keys) else None
 
     @property
     def row(self) -> R | None:
@@ -99,10 +99,10 @@ class Table(Lines, Generic[R]):
                 self.move_to(0)
             return
         self.resized_lines()
-        if to_first or held is None:
+        if to_first or (held is None and self.cursor >= 0):
             self.move_to(0)
             self.scroll_to(y=0, animate=False, force=True)
-        elif self.key != held:
+        elif held is not None and self.key != held:
             try:
                 self.cursor = keys.index(held)
                 self.scroll_to(y=max(0, self.cursor - place), animate=False, force=True)

@@ -6,7 +6,7 @@ is not on record stands at the top.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
@@ -112,12 +112,15 @@ class Outline:
         for line in spans.values():
             above = line.parent_id if line.parent_id in spans and line.parent_id != line.id else None
             children.setdefault(above, []).append(line.id)
+        reached = _reached(children, children.get(None, []))
+        for line in spans.values():
+            if line.id not in reached:
+                # A ring of parents, which a damaged record may have, is cut open here: its first span stands at the top.
+                children[line.parent_id].remove(line.id)
+                children.setdefault(None, []).append(line.id)
+                reached |= _reached(children, [line.id])
         self._children = children
         self._show()
-        if not self.folded and len(self.visible) < len(spans):
-            # Rings of parents have no top: their spans are shown at the end.
-            seen = {span for span, _ in self.visible}
-            self.visible += [(span, "") for span in spans if span not in seen]
 
     def _show(self) -> None:
         visible: list[tuple[str, str]] = []
@@ -192,8 +195,19 @@ class Trace(Lines):
         if above & self.outline.folded:
             self.outline.fold(above, False)
             self._rearranged(None)
-        self.move_to(next(index for index, (span, _) in enumerate(self.outline.visible) if span == span_id))
+        self.move_to(next((index for index, (span, _) in enumerate(self.outline.visible) if span == span_id), self.cursor))
         return True
+
+    def go_to_newest(self) -> None:
+        """Puts the cursor on the span that started last, or on the branch that it is folded away in."""
+        newest = max(self.outline.spans.values(), key=lambda line: (line.start_ns, line.key), default=None)
+        places = {span: index for index, (span, _) in enumerate(self.outline.visible)}
+        for _ in range(len(self.outline.spans)):
+            if newest is None or newest.id in places:
+                break
+            newest = self.outline.spans.get(newest.parent_id or "")
+        if newest is not None and newest.id in places:
+            self.move_to(places[newest.id])
 
     def next_problem(self) -> bool:
         """Puts the cursor on the next span that failed, crashed or was stopped, from the top again after the last."""
@@ -306,9 +320,15 @@ class Trace(Lines):
 
 def _below(outline: Outline, span: str) -> int:
     """How many spans are below one."""
-    found, stack = 0, list(outline.children(span))
+    return len(_reached(outline._children, outline.children(span)))
+
+
+def _reached(children: Mapping[str | None, Sequence[str]], tops: Iterable[str]) -> set[str]:
+    """These spans and all below them."""
+    found: set[str] = set()
+    stack = list(tops)
     while stack:
-        at = stack.pop()
-        found += 1
-        stack += outline.children(at)
+        if (at := stack.pop()) not in found:
+            found.add(at)
+            stack += children.get(at, ())
     return found
