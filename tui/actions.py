@@ -56,6 +56,7 @@ ACTIONS = (
     ),
     Action("v", "mark", "Mark", "Mark the experiment for a comparison, or take the mark away.", ("evals",)),
     Action("m", "compare", "Compare", "Compare the marked experiment with the one under the cursor.", ("evals",), acts=True),
+    Action("s", "metric", "Metric", "Order by the next metric, its worst cases first; after the last, by all.", ("cases",)),
     Action("l", "log", "Log", "What the last verb that was started here says.", footer=False),
     Action("t", "theme", "Theme", "The next theme.", footer=False),
     Action("escape", "back", "Back", "Leave this screen.", ("run", "cases")),

@@ -23,7 +23,7 @@ from tui.data import Answer, Changed, Reader, Trouble
 from tui.screens.base import Base
 from tui.screens.dialogs import Confirm, Help, JobScreen
 from tui.screens.engine import EngineScreen
-from tui.screens.evals import EvalsScreen, Interval
+from tui.screens.evals import EvalsScreen, Interval, Scales
 from tui.screens.inbox import InboxScreen
 from tui.screens.run import RunScreen
 from tui.screens.runs import RunsScreen
@@ -37,7 +37,8 @@ _JOB_POLL_S = 0.25
 
 class TerminalApp(App[None]):
     """Shows the record of `settings`. `open_at` is a section, or `run/ID`. A `read_only` one does nothing but look. `catch_up`
-    brings the record up to date where no other process does; `interval` gives the interval of a mean; `now_ns` is the clock."""
+    brings the record up to date where no other process does; `interval` gives the interval of a mean, `scales` the bounds of
+    metrics by their names; `now_ns` is the clock."""
 
     TITLE = "agentops"
     ALLOW_SELECT = False
@@ -81,6 +82,7 @@ class TerminalApp(App[None]):
         theme: str = "",
         catch_up: Callable[[], None] | None = None,
         interval: Interval | None = None,
+        scales: Scales | None = None,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         """
@@ -92,6 +94,7 @@ class TerminalApp(App[None]):
         self.settings = settings
         self.read_only = read_only
         self.interval = interval
+        self.scales: Scales = scales or {}
         self.now_ns = now_ns
         self.state = load_state(settings)
         self.counts: dict[str, int] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -49,7 +50,9 @@ def tui(
     if serve:
         _serve(screen, theme, port)
         return
+    from evals.metrics.registry import ENTRIES
     from tui.app import TerminalApp
+    from tui.screens.evals import Scale
 
     app = TerminalApp(
         settings,
@@ -58,6 +61,7 @@ def tui(
         theme=theme,
         catch_up=lambda: catch_up(settings),
         interval=_interval,
+        scales={name: Scale(one.low, one.high if math.isfinite(one.high) else None, one.better) for name, one in ENTRIES.items()},
     )
     app.run()
 
