@@ -102,14 +102,47 @@ async def test_a_record_that_is_upgraded_under_the_open_screen(settings: Setting
         assert "run_01A" in str(app.screen.query_one(Table).row)
 
 
-async def test_a_record_that_is_locked_under_the_open_screen(settings: Settings) -> None:
+HOLDING = """
+import sqlite3, sys
+holder = sqlite3.connect(sys.argv[1], isolation_level=None)
+holder.execute("BEGIN EXCLUSIVE")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+async def test_a_record_that_is_locked_and_vanishes_under_the_open_screen(settings: Settings) -> None:
     small(settings)
+    path = database_path(settings)
+    # With a write-ahead log nobody can shut readers out; a record that was copied or restored may have none.
+    changed = sqlite3.connect(path)
+    changed.execute("PRAGMA journal_mode=DELETE")
+    changed.close()
     async with opened(settings) as (app, pilot):
-        app.reader._fail(UsageError("another process holds the record", hint="wait for it"))
-        await wait_for(pilot, lambda: "another process holds" in said(app, "Bar") or app.trouble is None)
+        words = [sys.executable, "-c", HOLDING, str(path)]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+            try:
+                assert holder.stdout is not None
+                assert holder.stdout.readline() == "held\n"
+                await wait_for(pilot, lambda: "another process holds" in said(app, "Bar"))
+                assert "wait for it to end" in said(app)
+                await press(pilot, "down", "enter", "2", "e", "1")
+                assert "another process holds" in said(app, "Bar")
+                assert app.return_code is None
+                assert app.screen.query_one(Table).row.id == "run_02B"
+            finally:
+                holder.kill()
+        # What was asked for meanwhile is there as soon as it can be read.
+        await wait_for(pilot, lambda: app.trouble is None and app.screen.where == "run")
+        assert app.screen.run_id == "run_02B"
+        assert app.screen.query_one(Trace).line_count == 2
+        path.rename(path.with_name("away.db"))
+        await wait_for(pilot, lambda: "is gone" in said(app, "Bar") or "no record" in said(app, "Bar"))
+        await press(pilot, "down", "z", "escape", "S")
+        assert app.return_code is None
+        path.with_name("away.db").rename(path)
         await wait_for(pilot, lambda: app.trouble is None)
-        await press(pilot, "enter")
-        assert app.screen.where == "run"
+        assert app.screen.query_one(Table).line_count == 6
 
 
 async def test_a_record_that_stays_locked_is_waited_for(settings: Settings) -> None:
@@ -183,6 +216,42 @@ def test_a_screen_or_theme_that_is_not_there(settings: Settings) -> None:
 
 def tui(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "agentops", "tui", *words], capture_output=True, text=True, env=environment)
+
+
+def test_a_start_that_only_looks_changes_nothing(settings: Settings, environment: dict[str, str]) -> None:
+    environment = environment | {"AGENTOPS_PATHS_HOME": str(settings.paths.home)}
+    command = [sys.executable, "-m", "agentops", "tui", "--read-only"]
+    with terminal(command, environment) as screen:
+        assert b"there is no record" in screen.read_until(b"hint:")
+        assert screen.process.wait(10) == 1
+    assert not database_path(settings).exists()
+    subprocess.run([sys.executable, "-c", LEFT], env=environment, check=True)
+    (segment,) = (settings.paths.home / "journal").glob("*.seg")
+    open_store(settings).close()
+    before = segment.read_bytes()
+    with terminal(command, environment) as screen:
+        screen.read_until(b"No runs yet")
+        screen.read(3.0)
+        screen.send(b"q", 5.0)
+        assert screen.process.wait(10) == 0
+    assert segment.read_bytes() == before
+    with terminal(command[:-1], environment) as screen:
+        screen.read_until(b"left")
+        screen.send(b"q", 5.0)
+        assert screen.process.wait(10) == 0
+    assert not segment.exists()
+
+
+LEFT = """
+import os
+from agentops import load_settings
+from agentops.clock import SystemClock, UlidSource
+from agentops.tracer import open_tracer
+clock = SystemClock()
+settings = load_settings({"record.drain_ms": 60000})
+open_tracer(settings, clock=clock, ids=UlidSource(clock)).start_run(run_id="run_left", thread_id="th_9", graph="left")
+os._exit(0)
+"""
 
 
 def test_without_a_terminal_other_verbs_are_named(environment: dict[str, str]) -> None:
