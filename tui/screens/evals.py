@@ -330,7 +330,7 @@ class CasesScreen(Base):
         places = [place for place, one in enumerate(found) if held is not None and one.row.case_id == held.row.case_id]
         if found:
             self._table.move_to(places[0] if places else 0, tell=False)
-        about = f"{self._experiment.name}  {self._experiment.id}  the worst first by "
+        about = f"{self._experiment.name} · {self._experiment.id} · the worst first by "
         if name is None:
             about += "all metrics that have bounds"
         else:
