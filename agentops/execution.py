@@ -27,6 +27,7 @@ from agentops.graph import Context, LoadedGraph
 from agentops.records import Interrupt, RunResult, RunStatus
 from agentops.settings import Settings
 from agentops.tracer import Meter, RunTrace
+from agentops.tracer.stores import TracedStore, traced_cache
 
 Standing = Literal["unborn", "open", "over", "passed"]
 """Where a run stands in its thread. unborn: it has no checkpoint, its input was never taken.  open: the thread's newest
@@ -154,7 +155,8 @@ async def _invoke(
         "metadata": {"run_id": trace.run_id},
         "recursion_limit": meter.budget.steps,
     }
-    async with _checkpointed(graph, settings, trace.thread_id, trace.state) as compiled:
+    async with _checkpointed(graph, settings, trace.thread_id, trace.state) as plain:
+        compiled = _tapped(plain, trace)
         if at == "over":
             reached.values = (await compiled.aget_state(config)).values
             return
@@ -258,6 +260,16 @@ async def _checkpointed(graph: LoadedGraph, settings: Settings, thread_id: str, 
         return
     async with open_checkpointer(settings, thread_id, graph.state_types, told) as saver:
         yield graph.compiled.copy({"checkpointer": saver})
+
+
+def _tapped(compiled: Any, trace: RunTrace) -> Any:
+    """The compiled graph with what its store and its node cache do on record."""
+    parts: dict[str, Any] = {}
+    if compiled.store is not None:
+        parts["store"] = TracedStore(compiled.store, trace)
+    if compiled.cache is not None:
+        parts["cache"] = traced_cache(compiled.cache, trace)
+    return compiled.copy(parts) if parts else compiled
 
 
 def _explained(error: BaseException, graph: LoadedGraph, run_id: str) -> AgentOpsError:

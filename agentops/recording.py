@@ -11,9 +11,11 @@ import base64
 import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Never, TypeVar
+
+from langgraph.store.base import BaseStore, GetOp, Item, ListNamespacesOp, Op, Result, SearchItem, SearchOp
 
 from agentops.diff import unequal
 from agentops.errors import AgentOpsError, RecordError, ReplayDiverged
@@ -37,6 +39,7 @@ from agentops.records import (
 )
 from agentops.store import SpanRow, Store
 from agentops.tracer import Effects, Way, asked, locate, to_plain, way
+from agentops.tracer.stores import told
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", int, float, str)
 E = TypeVar("E", bound=AgentOpsError)
 
-_KINDS = ("generation", "embedding", "retrieval", "tool")
+_KINDS = ("generation", "embedding", "retrieval", "tool", "memory")
 _SETTLING_S = 2.0
 
 
@@ -291,6 +294,34 @@ class ReplayedIndex:
 def _hit(made: Mapping[str, Any]) -> Hit:
     legs = {name: Leg(**made[name]) for name in ("vector", "lexical") if name in made}
     return Hit(Document(made["id"], made["text"], made["hash"], made["metadata"]), made["score"], **legs)
+
+
+class ReplayedStore(BaseStore):
+    """A LangGraph store with nothing in it."""
+
+    __slots__ = ("_recording",)
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+
+    def batch(self, ops: Iterable[Op]) -> list[Result]:
+        return [self._result(op, self._recording.find("memory", *told(op), {})) for op in ops]
+
+    async def abatch(self, ops: Iterable[Op]) -> list[Result]:
+        return [self._result(op, await self._recording.take("memory", *told(op), {})) for op in ops]
+
+    def _result(self, op: Op, span: SpanRow) -> Result:
+        if span.status == "error":
+            raise _raised(span)
+        made = self._recording.content(span.output_hash)
+        match op:
+            case GetOp():
+                return Item(**made) if made else None
+            case SearchOp():
+                return [SearchItem(**{**one, "namespace": tuple(one["namespace"])}) for one in made]
+            case ListNamespacesOp():
+                return [tuple(one) for one in made]
+        return None
 
 
 class ReplayedEffects(Effects):

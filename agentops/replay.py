@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from langgraph.cache.memory import InMemoryCache
+
 from agentops.clock import SystemClock, UlidSource
 from agentops.diff import Difference, Side, first_difference, unequal
 from agentops.errors import AgentOpsError, RecordError, ReplayDiverged, UsageError
@@ -24,6 +26,7 @@ from agentops.recording import (
     ReplayedEmbedder,
     ReplayedEngine,
     ReplayedIndex,
+    ReplayedStore,
     diverged,
 )
 from agentops.records import Budget, Interrupt
@@ -84,12 +87,12 @@ def replay(
         told = {wanted.id} if wanted else {row.id for row in _runs(store, thread_id)}
         last = wanted.id if wanted else ""
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agentops-replay-")))
-        sittings = _sittings(store, thread_id, until=last)
+        sittings, cache = _sittings(store, thread_id, until=last), InMemoryCache[Any]()
         for row in _runs(store, thread_id):
             mine = [root for root in sittings if root.run_id == row.id]
             if not mine:
                 continue
-            again = _Again(store, settings, home, row, mine, graph, prompts)
+            again = _Again(store, settings, home, row, mine, graph, prompts, cache)
             found = again.run()
             if row.id in told:
                 yield found
@@ -137,6 +140,7 @@ class _Again:
         sittings: Sequence[SpanRow],
         graph: Any,
         prompts: Path | None,
+        cache: InMemoryCache[Any],
     ) -> None:
         from agentops.graph import LoadedGraph, adopt_graph, load_graph
         from agentops.prompts import Prompt, PromptLibrary
@@ -157,13 +161,9 @@ class _Again:
         else:
             loaded = graph if isinstance(graph, LoadedGraph) else adopt_graph(graph, row.graph.removeprefix("python:"))
         loaded = replace(loaded, reference=row.graph)
-        if loaded.compiled.store is not None:
-            raise RecordError(
-                f"{loaded.name} was compiled with a store, and what that held is not on record",
-                hint="a graph that keeps what it must know in its state can be replayed",
-            )
         # Its checkpoints and its cache are outside: those of the replay are thrown away.
-        self._graph = replace(loaded, compiled=loaded.compiled.copy({"checkpointer": None, "cache": None}))
+        own = {"checkpointer": None, "cache": cache if loaded.compiled.cache is not None else None}
+        self._graph = replace(loaded, compiled=loaded.compiled.copy(own))
         if prompts is not None:
             self._graph = replace(self._graph, prompts=PromptLibrary(prompts))
         elif key := next((root.attributes["prompts"] for root in sittings if "prompts" in root.attributes), None):
@@ -215,13 +215,16 @@ class _Again:
             clock=SystemClock(),
         )
         given = recording.content(root.input_hash)
+        graph = self._graph
+        if graph.compiled.store is not None:
+            graph = replace(graph, compiled=graph.compiled.copy({"store": ReplayedStore(recording)}))
         with runtime:
             if place == 0:
-                runtime.run(self._graph, given, thread=self._row.thread_id, budget=budget)
+                runtime.run(graph, given, thread=self._row.thread_id, budget=budget)
                 return
             answers = given.get("answers") if isinstance(given, dict) else None
             values = {key: one["value"] for key, one in (answers or {}).items() if isinstance(one, dict) and "value" in one}
-            runtime.resume(self._row.id, answers=self._asked_again(values, place), graph=self._graph, budget=budget)
+            runtime.resume(self._row.id, answers=self._asked_again(values, place), graph=graph, budget=budget)
 
     def _asked_again(self, values: Mapping[str, Any], place: int) -> dict[str, Any]:
         """The recorded answers by the ids that their interrupts have now, which are others in every run."""

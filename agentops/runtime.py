@@ -14,7 +14,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from agentops import people
 from agentops.checkpoint import check_thread_id, lease
@@ -34,6 +34,7 @@ from agentops.tracer import (
     Effects,
     Meter,
     NotedClock,
+    RunTrace,
     TracedEmbedder,
     TracedEngine,
     TracedRetriever,
@@ -81,7 +82,7 @@ class Runtime:
         self._lock = threading.RLock()
         self._own_engine: Engine | None = None
         self._own_index: Index | None = None
-        self._engine = TracedEngine(engine, self._tracer) if engine else None
+        self._engine = TracedEngine(engine) if engine else None
         self._index = index
         self._embedder = embedder
         self._working: set[asyncio.Task[Outcome]] = set()
@@ -99,7 +100,7 @@ class Runtime:
             if self._engine is None:
                 settings = replace(self.settings, model=replace(self.settings.model, name=model))
                 self._own_engine = open_engine(settings, self._progress)
-                self._engine = TracedEngine(self._own_engine, self._tracer)
+                self._engine = TracedEngine(self._own_engine)
             return self._engine
 
     @property
@@ -483,6 +484,8 @@ class Runtime:
                 meter=meter,
             )
             trace.foreign = self._effects.foreign
+            if context is not None:
+                context = _within(context, trace)
             loop = asyncio.get_running_loop()
             queue: asyncio.Queue[RunEvent | None] = asyncio.Queue()
             trace.listen(lambda event: _hand_over(loop, queue, event))
@@ -512,8 +515,8 @@ class Runtime:
         searched = LenientRetriever(index) if self.settings.retrieval.on_error == "empty" else index
         return Context(
             engine=self._open_engine(details["model.name"]),
-            retriever=TracedRetriever(searched, self._tracer),
-            embedder=TracedEmbedder(self.embedder, self._tracer),
+            retriever=TracedRetriever(searched),
+            embedder=TracedEmbedder(self.embedder),
             prompts=graph.prompts,
             collection=details["retrieval.collection"],
             k=details["retrieval.k"],
@@ -565,6 +568,17 @@ class _Answers:
             raise UsageError(f"run {run_id} waits for an answer", hint=f"see what it asks: agentops inbox {run_id}")
         made = {key: people.fitting(one, answer) for key, (one, answer) in given.items()}
         return {key: answer for key, answer in made.items() if answer is not None}
+
+
+def _within(context: Context, trace: RunTrace) -> Context:
+    """The context with what it records, in whatever thread it is called, belonging to the run."""
+    engine, retriever, embedder = cast(TracedEngine, context.engine), cast(TracedRetriever, context.retriever), context.embedder
+    return replace(
+        context,
+        engine=engine.within(trace),
+        retriever=retriever.within(trace),
+        embedder=cast(TracedEmbedder, embedder).within(trace),
+    )
 
 
 def _sound(budget: Budget) -> Budget:

@@ -275,6 +275,8 @@ def _print_run(console: Console, store: Store, run: RunRow, spans: list[SpanRow]
     told = f"{balance.emitted} spans emitted, {balance.stored} stored, {balance.truncated} payloads truncated"
     if balance.faults:
         told += f", {balance.faults} faults"
+    if balance.orphans:
+        told += f", {balance.orphans} called from threads of unknown place"
     state = ("balanced", "green") if balance.balanced else ("NOT BALANCED", "bold red")
     console.print(Text.assemble((f"{'balance':8} ", "dim"), told + ": ", state))
     console.print()

@@ -75,7 +75,7 @@ def _show(found: Replayed) -> None:
 
 
 def _words(kind: str, times: int) -> str:
-    names = {"noted": "time, id or random number", "embedding": "embedding", "tool": "tool result"}
+    names = {"noted": "time, id or random number", "embedding": "embedding", "tool": "tool result", "memory": "store operation"}
     name = names.get(kind, kind)
     return name if times == 1 else "times, ids and random numbers" if kind == "noted" else f"{name}s"
 

@@ -257,7 +257,12 @@ class Store:
         spans, payloads = table("span"), table("payload")
         mine = spans.c.run_id == run_id
         counted = self._all(
-            select(spans.c.root_id, func.max(spans.c.seq).label("last"), func.count().label("stored"))
+            select(
+                spans.c.root_id,
+                func.max(spans.c.seq).label("last"),
+                func.count().label("stored"),
+                func.count().filter(spans.c.attributes["orphan"].as_boolean()).label("orphans"),
+            )
             .where(mine)
             .group_by(spans.c.root_id)
         )
@@ -272,6 +277,7 @@ class Store:
             stored=sum(row.stored for row in counted),
             truncated=int(cut[0][0]),
             faults=sum(int(attributes.get("faults", 0)) for attributes in roots.values()),
+            orphans=sum(row.orphans for row in counted),
         )
 
 

@@ -134,12 +134,13 @@ class CaseRow:
 @dataclass(frozen=True, slots=True)
 class Balance:
     """Whether all that a run told is kept. `emitted` spans were opened, `stored` ones are here; `truncated` payloads were cut;
-    `faults` were counted where recording failed."""
+    `faults` were counted where recording failed; `orphans` are spans whose place in the graph is not known."""
 
     emitted: int
     stored: int
     truncated: int
     faults: int
+    orphans: int = 0
 
     @property
     def balanced(self) -> bool:

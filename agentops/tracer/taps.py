@@ -8,6 +8,7 @@ The handler runs inline, so events come in order and in the context of what they
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import LLMResult
 from langgraph.callbacks import GraphCallbackHandler, GraphInterruptEvent, GraphResumeEvent
+from langgraph.errors import NodeTimeoutError
 from langgraph.types import Send
 
 from agentops.errors import BudgetSpent, RecordError
@@ -28,6 +30,10 @@ from agentops.tracer.trace import RunTrace, Span
 
 P = ParamSpec("P")
 _STEP = "graph:step:"
+_OUT_OF_TIME = "NodeTimeoutError: it had no more time"
+_PUSH = "__pregel_push"
+_HANDLER = "node_error_handler"
+_HANDLES = "__error_handler__"
 _UNNAMED = "LangGraph"
 
 
@@ -72,6 +78,8 @@ class Taps(GraphCallbackHandler):
         self._passed: dict[UUID, _Passed] = {}
         self._attempts: dict[tuple[str, str], int] = {}
         self._models: dict[UUID, Span] = {}
+        self._cut: dict[str, Span] = {}
+        """Nodes that were cancelled, by their namespaces: by a time limit of their own, if the graph goes on with them."""
         self._lock = threading.Lock()
 
     # Chains: steps, subgraphs, and what is passed through
@@ -90,7 +98,13 @@ class Taps(GraphCallbackHandler):
     ) -> None:
         run, data = self.agentops_run, metadata or {}
         name = str(kwargs.get("name") or data.get("langgraph_node") or "chain")
-        is_step = any(tag.startswith(_STEP) for tag in tags or ())
+        way = data.get("langgraph_path", ())
+        handled = _HANDLER in way and name.startswith(_HANDLES)
+        if handled:
+            name = f"{name.removeprefix(_HANDLES)} (error handler)"
+        # A task of the functional API is called inside another task, and is given a path of its own.
+        is_task = way[:1] == (_PUSH,) and way[-1] is True and name == data.get("langgraph_node")
+        is_step = is_task or any(tag.startswith(_STEP) for tag in tags or ())
         if not is_step or name.startswith("__"):
             clock = run.tracer.clock
             parent = run.parent(parent_run_id)
@@ -110,10 +124,11 @@ class Taps(GraphCallbackHandler):
         namespace = str(data.get("langgraph_checkpoint_ns", ""))
         levels = namespace.split("|")
         attributes: dict[str, Any] = {"triggers": [str(trigger) for trigger in data.get("langgraph_triggers", ())]}
-        way = data.get("langgraph_path", ())
-        if len(way) > 1 and way[0] == "__pregel_push":
+        if len(way) > 1 and way[0] == _PUSH:
             # Which of the packets sent to the same node it is.
             attributes["packet"] = "/".join(str(part) for part in way[1:] if not isinstance(part, bool))
+        if (cut := self._cut.pop("|".join(levels[:-1]) if handled else namespace, None)) is not None:
+            run.amend(cut, _OUT_OF_TIME)
         with self._lock:
             self._attempts[name, namespace] = attempt = self._attempts.get((name, namespace), 0) + 1
         opened = run.open(
@@ -123,7 +138,7 @@ class Taps(GraphCallbackHandler):
             input=inputs,
             path=tuple(level.partition(":")[0] for level in levels[:-1]),
             attributes=attributes,
-            node=str(data.get("langgraph_node", name)),
+            node=name if handled else str(data.get("langgraph_node", name)),
             step=int(data.get("langgraph_step", 0)),
             task=levels[-1].partition(":")[2] or None,
             checkpoint_ns=namespace,
@@ -159,8 +174,13 @@ class Taps(GraphCallbackHandler):
         run.forget(run_id)
         if closing is None:
             return
+        if isinstance(error, NodeTimeoutError):
+            for namespace in [key for key, cut in self._cut.items() if cut.row["node"] == error.node]:
+                run.amend(self._cut.pop(namespace), error)
         if passed is None:
             run.close(closing, output=output, error=error)
+            if isinstance(error, asyncio.CancelledError) and closing.row["kind"] == "node":
+                self._cut[str(closing.row.get("checkpoint_ns"))] = closing
         elif passed.router and error is None and (route := _route(output)):
             closing.set(route=route)
 

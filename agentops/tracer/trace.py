@@ -13,10 +13,10 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from uuid import UUID
 
 from agentops.errors import AgentOpsError, JournalFull
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from agentops.tracer.taps import Taps
 
 LiveEvent = StepStarted | StepEnded | Token
+P = ParamSpec("P")
+T = TypeVar("T")
 _NOTHING: Any = object()
 _STACK_CHARACTERS = 20_000
 _LAST_WORD_CHARACTERS = 2_000
@@ -168,6 +170,21 @@ def locate() -> tuple[RunTrace, str, UUID | None] | None:
     return (own.run, own.span, own.under) if own else None
 
 
+def carried(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, bound to where it is handed over: what it calls in a thread or a pool of the caller's own is recorded there.
+
+    Tasks and `asyncio.to_thread` need no such help. Without it, what is called in a bare thread is on record as an orphan.
+    """
+    here = copy_context()
+
+    @wraps(function)
+    def there(*args: P.args, **kwargs: P.kwargs) -> T:
+        # A context can be entered once at a time; calls may overlap.
+        return here.copy().run(function, *args, **kwargs)
+
+    return there
+
+
 class RunTrace:
     """One run being recorded. Made by `Tracer.start_run`; all methods may be called from any thread."""
 
@@ -185,6 +202,7 @@ class RunTrace:
         self._emitted = 0
         self._faults = 0
         self._states = 0
+        self._step = 0
         self._full: JournalFull | None = None
         self._root: Span | None = None
         self.foreign: Callable[[str, str], None] = lambda kind, name: None
@@ -313,6 +331,18 @@ class RunTrace:
 
     # Spans
 
+    def place(self) -> tuple[RunTrace, str, dict[str, Any]]:
+        """Where code that is running now belongs: (run, parent span, notes). What runs outside of every node, in a thread of its
+        own, belongs to this run by way of the object it was called on, and is noted as an orphan."""
+        if (found := locate()) is not None:
+            return found[0], found[1], {}
+        return self, self.root_id, {"orphan": True}
+
+    @property
+    def step(self) -> int:
+        """The superstep of the outermost graph that is going on, as far as its checkpoints have told."""
+        return self._step
+
     def parent(self, under: UUID | None) -> str:
         """The span in which something under a LangChain run belongs; our own innermost span there comes first."""
         own = _own.get()
@@ -377,6 +407,8 @@ class RunTrace:
         """
         with self._lock:
             self._states = place = self._states + 1
+            if not graph:
+                self._step = step + 1
         about = {"run_id": self.run_id, "root_id": self.root_id, "place": place, "graph": graph, "step": step, "source": source}
         self._write([{"t": "checkpoint", **about, "hash": state_hash(values), "ns": self.tracer.clock.now_ns()}])
 
@@ -494,6 +526,11 @@ class RunTrace:
             milliseconds = row.get("duration_ns", 0) / 1e6
             step, said = row.get("step", 0), _line(str(detail))
             self._tell(StepEnded(self.run_id, row["node"], step, status, milliseconds, said, closing.id))
+
+    def amend(self, closed: Span, error: BaseException | str) -> None:
+        """Writes of a span that has ended that it was an error, which was not known then."""
+        closed.row.update(status="error", error=_message(error), ns=self.tracer.clock.now_ns())
+        self._write([closed.row])
 
     def _finish(
         self,

@@ -1,6 +1,7 @@
 """Wrappers that record what an engine, a retriever and an embedder are asked and answer, wherever in a graph they are called.
 
 They add nothing else: outside a run the call passes through, and an error of the wrapped object reaches the caller as it is.
+One that belongs to a `run` records there what is called where no run is found, in threads that a node has started by itself.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ if TYPE_CHECKING:
 
     from agentops.engine import Engine
     from agentops.retrieval import Embedder, Retriever
-    from agentops.tracer.recorder import Tracer
 
 
 class TracedEngine:
     """An `Engine` that records a generation span for each call of the engine it wraps."""
 
-    def __init__(self, engine: Engine, tracer: Tracer) -> None:
+    def __init__(self, engine: Engine, run: RunTrace | None = None) -> None:
         self._engine = engine
-        self._tracer = tracer
+        self._run = run
+
+    def within(self, run: RunTrace) -> TracedEngine:
+        return TracedEngine(self._engine, run)
 
     @property
     def info(self) -> ModelInfo:
@@ -37,14 +40,14 @@ class TracedEngine:
     async def stream(self, request: Request) -> AsyncIterator[Delta | Generation]:
         events = self._engine.stream(request)
         try:
-            place = locate()
+            place = _place(self._run)
             if place is None:
                 async for event in events:
                     yield event
                 return
-            run, parent, _ = place
+            run, parent, notes = place
             run.admit()
-            call = _open(run, parent, "generate", request, self._engine.info)
+            call = _open(run, parent, "generate", request, self._engine.info, notes)
             chunks: list[str] = []
             try:
                 async for event in events:
@@ -65,12 +68,12 @@ class TracedEngine:
                 await close()
 
     async def score(self, request: ScoreRequest) -> Scores:
-        place = locate()
+        place = _place(self._run)
         if place is None:
             return await self._engine.score(request)
-        run, parent, _ = place
+        run, parent, notes = place
         run.admit()
-        call = _open(run, parent, "score", request, self._engine.info)
+        call = _open(run, parent, "score", request, self._engine.info, notes)
         try:
             scores = await self._engine.score(request)
         except BaseException as error:
@@ -96,9 +99,15 @@ def asked(request: Request | ScoreRequest) -> tuple[dict[str, Any], dict[str, An
     return given, {name: value for name in names if (value := getattr(request, name)) not in (None, ())}
 
 
-def _open(run: RunTrace, parent: str, name: str, request: Request | ScoreRequest, info: ModelInfo) -> Span:
+def _place(run: RunTrace | None) -> tuple[RunTrace, str, dict[str, Any]] | None:
+    if run is not None:
+        return run.place()
+    return None if (found := locate()) is None else (found[0], found[1], {})
+
+
+def _open(run: RunTrace, parent: str, name: str, request: Request | ScoreRequest, info: ModelInfo, notes: dict[str, Any]) -> Span:
     given, parameters = asked(request)
-    attributes = {"revision": info.revision, "device": info.device, "quantization": info.quantization, **parameters}
+    attributes = {**notes, "revision": info.revision, "device": info.device, "quantization": info.quantization, **parameters}
     return run.open("generation", name, parent=parent, input=given, attributes=attributes, model=info.name)
 
 
@@ -117,16 +126,19 @@ def _close_generation(run: RunTrace, call: Span, answer: Generation, chunks: int
 class TracedRetriever:
     """A `Retriever` that records a retrieval span, with every hit, for each search of the one it wraps."""
 
-    def __init__(self, retriever: Retriever, tracer: Tracer) -> None:
+    def __init__(self, retriever: Retriever, run: RunTrace | None = None) -> None:
         self._retriever = retriever
-        self._tracer = tracer
+        self._run = run
+
+    def within(self, run: RunTrace) -> TracedRetriever:
+        return TracedRetriever(self._retriever, run)
 
     async def search(self, query: Query) -> Retrieval:
-        place = locate()
+        place = _place(self._run)
         if place is None:
             return await self._retriever.search(query)
-        run, parent, _ = place
-        attributes = {"collection": query.collection, "k": query.k, "mode": query.mode}
+        run, parent, notes = place
+        attributes = {**notes, "collection": query.collection, "k": query.k, "mode": query.mode}
         call = run.open("retrieval", "search", parent=parent, input=query.text, attributes=attributes)
         try:
             found = await self._retriever.search(query)
@@ -141,9 +153,12 @@ class TracedRetriever:
 class TracedEmbedder:
     """An `Embedder` that records an embedding span for each call of the one it wraps. Each vector is kept once."""
 
-    def __init__(self, embedder: Embedder, tracer: Tracer) -> None:
+    def __init__(self, embedder: Embedder, run: RunTrace | None = None) -> None:
         self._embedder = embedder
-        self._tracer = tracer
+        self._run = run
+
+    def within(self, run: RunTrace) -> TracedEmbedder:
+        return TracedEmbedder(self._embedder, run)
 
     @property
     def name(self) -> str:
@@ -161,11 +176,11 @@ class TracedEmbedder:
         return self._embedder.count_tokens(text)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        place = locate()
+        place = _place(self._run)
         if place is None:
             return self._embedder.embed(texts)
-        run, parent, _ = place
-        attributes = {"embedder": self.name, "texts": len(texts)}
+        run, parent, notes = place
+        attributes = {**notes, "embedder": self.name, "texts": len(texts)}
         call = run.open("embedding", "embed", parent=parent, input=list(texts), attributes=attributes)
         try:
             vectors = self._embedder.embed(texts)

@@ -61,14 +61,14 @@ def cli(settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 async def recorded(settings: Settings, tmp_path: Path) -> None:
     """Two runs: one that answers from a document, one that fails; both with text that a terminal must not obey."""
     tracer = open_tracer(settings, clock=SystemClock(), ids=CountingIds())
-    engine = TracedEngine(ScriptedEngine({"": "It is \x1b[31mgreen\x1b[0m [1]"}), tracer)
+    engine = TracedEngine(ScriptedEngine({"": "It is \x1b[31mgreen\x1b[0m [1]"}))
     document = Document("d1", "Grass is green.\x1b]0;owned\x07", content_hash("x"), {"source": "grass.md"})
 
     class Shelf:
         async def search(self, query: Query) -> Retrieval:
             return Retrieval(query, (Hit(document, 0.75, vector=Leg(1, 0.8), lexical=Leg(2, 3.5)),), generation=1)
 
-    shelf = TracedRetriever(Shelf(), tracer)
+    shelf = TracedRetriever(Shelf())
 
     async def retrieve(state: State) -> State:
         await shelf.search(Query(state["question"], "docs"))

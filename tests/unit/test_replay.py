@@ -21,10 +21,12 @@ from langchain_core.documents import Document as LangChainDocument
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.tools import tool as langchain_tool
+from langgraph.cache.memory import InMemoryCache
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
 from langgraph.runtime import Runtime as Node
 from langgraph.store.memory import InMemoryStore
+from langgraph.types import CachePolicy
 from tea import TEXTS
 
 from agentops import Context, Document, Runtime, ScriptedEngine, Settings, load_settings
@@ -494,11 +496,49 @@ def test_a_graph_with_checkpoints_of_its_own_leaves_them_alone(runtime: Runtime,
     assert [kept.config for kept in keeper.list(None)] == before
 
 
-def test_what_the_graphs_store_held_is_not_on_record_and_it_says_so(runtime: Runtime, settings: Settings) -> None:
-    graph = StateGraph(State).add_node("stay", lambda state: state).add_edge(START, "stay").compile(store=InMemoryStore())
-    run = runtime.run(graph, {"count": 1})
-    with pytest.raises(RecordError, match="compiled with a store"):
-        list(replay(settings, run=run.run_id, graph=graph))
+def test_a_graphs_store_is_not_asked_again(runtime: Runtime, settings: Settings) -> None:
+    async def remember(state: State, runtime: Node[Context]) -> State:
+        store = runtime.store
+        assert store is not None
+        before = await store.aget(("people", "u1"), "visits")
+        await store.aput(("people", "u1"), "visits", {"count": 1 + (before.value["count"] if before else 0)})
+        found = await store.asearch(("people",))
+        names = await store.alist_namespaces()
+        await store.adelete(("people", "u1"), "other")
+        return {"said": f"{before and before.value} {[(one.namespace, one.value) for one in found]} {names}"}
+
+    store = InMemoryStore()
+    builder = StateGraph(State, context_schema=Context).add_node("remember", remember).add_edge(START, "remember")
+    graph = builder.compile(store=store)
+    for _ in range(2):
+        run = runtime.run(graph, {}, thread="t")
+    assert run.output["said"] == "{'count': 1} [(('people', 'u1'), {'count': 2})] [('people', 'u1')]"
+    first, second = replay(settings, thread="t", graph=graph)
+    assert first.same
+    assert second.same
+    assert second.answered == {"memory": 5}
+    kept = store.get(("people", "u1"), "visits")
+    assert kept is not None
+    assert kept.value == {"count": 2}
+
+
+def test_a_node_that_was_answered_from_the_cache_is_so_again(runtime: Runtime, settings: Settings) -> None:
+    def think(state: State) -> State:
+        calls.append("think")
+        return {"said": "tea"}
+
+    calls.clear()
+    builder = (
+        StateGraph(State)
+        .add_node("think", think, cache_policy=CachePolicy(key_func=lambda state: "same"))
+        .add_edge(START, "think")
+    )
+    graph = builder.compile(cache=InMemoryCache())
+    for _ in range(2):
+        runtime.run(graph, {"wait": 1.0}, thread="t")
+    assert len(calls) == 1
+    assert [one.same for one in replay(settings, thread="t", graph=graph)] == [True, True]
+    assert len(calls) == 2
 
 
 def test_an_error_of_ours_keeps_its_fields(runtime: Runtime, settings: Settings) -> None:

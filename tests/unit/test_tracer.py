@@ -360,7 +360,7 @@ def test_what_is_still_open_when_a_run_ends_is_closed(tracer: Tracer) -> None:
 
 
 async def test_model_calls_find_their_node_from_gather_threads_and_nested_graphs(tracer: Tracer) -> None:
-    engine = TracedEngine(ScriptedEngine({"": "four words of answer"}), tracer)
+    engine = TracedEngine(ScriptedEngine({"": "four words of answer"}))
 
     async def together(state: State) -> State:
         await asyncio.gather(generate(engine, ASK), generate(engine, ASK))
@@ -416,7 +416,7 @@ async def test_model_calls_find_their_node_from_gather_threads_and_nested_graphs
 
 
 async def test_a_generation_says_all_about_the_call(tracer: Tracer) -> None:
-    engine = TracedEngine(ScriptedEngine(["one two three"]), tracer)
+    engine = TracedEngine(ScriptedEngine(["one two three"]))
     prompt = PromptVersion("write", content_hash("Write about {x}"), "Write about {x}")
 
     async def node(state: State) -> State:
@@ -447,7 +447,7 @@ async def test_a_generation_says_all_about_the_call(tracer: Tracer) -> None:
 
 
 async def test_failed_cancelled_and_abandoned_model_calls(tracer: Tracer) -> None:
-    engine = TracedEngine(ScriptedEngine([EngineClosed("gone"), "a b c d e f", "a b c d e f"], delay_s=0.01), tracer)
+    engine = TracedEngine(ScriptedEngine([EngineClosed("gone"), "a b c d e f", "a b c d e f"], delay_s=0.01))
 
     async def node(state: State) -> State:
         with suppress(EngineClosed):
@@ -478,8 +478,8 @@ async def test_scores_and_searches_are_recorded(tracer: Tracer) -> None:
                 raise LookupError("no such shelf")
             return Retrieval(query, (Hit(document, 0.9, vector=Leg(1, 0.8)),), generation=4, embed_ms=1.5, search_ms=2.5)
 
-    engine = TracedEngine(ScriptedEngine(scores=lambda request: [-1.0, -5.0]), tracer)
-    shelf = TracedRetriever(Shelf(), tracer)
+    engine = TracedEngine(ScriptedEngine(scores=lambda request: [-1.0, -5.0]))
+    shelf = TracedRetriever(Shelf())
 
     async def node(state: State) -> State:
         await engine.score(ScoreRequest(("yes", "no"), text="is it"))
@@ -564,7 +564,7 @@ def test_a_foreign_graph_with_its_own_model_tools_and_retriever(tracer: Tracer) 
 async def test_our_chat_model_is_recorded_once_by_the_engine_beneath_it(tracer: Tracer) -> None:
     from agentops.engine.chat import EngineChatModel
 
-    model = EngineChatModel(engine=TracedEngine(ScriptedEngine({"": "hello you"}), tracer))
+    model = EngineChatModel(engine=TracedEngine(ScriptedEngine({"": "hello you"})))
 
     async def node(state: State) -> State:
         await model.ainvoke("hi")
@@ -583,7 +583,7 @@ async def test_our_chat_model_is_recorded_once_by_the_engine_beneath_it(tracer: 
 
 
 async def test_own_spans_nest_with_everything_else(tracer: Tracer) -> None:
-    engine = TracedEngine(ScriptedEngine({"": "x"}), tracer)
+    engine = TracedEngine(ScriptedEngine({"": "x"}))
 
     async def node(state: State) -> State:
         with span("rerank", "outer", input=[1, 2]) as outer:
@@ -618,7 +618,7 @@ async def test_own_spans_nest_with_everything_else(tracer: Tracer) -> None:
 
 
 async def test_outside_a_run_everything_passes_through(tracer: Tracer) -> None:
-    engine = TracedEngine(ScriptedEngine(["an answer"]), tracer)
+    engine = TracedEngine(ScriptedEngine(["an answer"]))
     with span("tool", "nothing") as handle, tagged(a=1):
         handle.set(b=2)
         handle.output = 3
@@ -627,7 +627,7 @@ async def test_outside_a_run_everything_passes_through(tracer: Tracer) -> None:
 
 
 async def test_two_runs_at_once_do_not_mix(tracer: Tracer) -> None:
-    engine = TracedEngine(ScriptedEngine({"": "a b c"}, delay_s=0.002), tracer)
+    engine = TracedEngine(ScriptedEngine({"": "a b c"}, delay_s=0.002))
 
     async def node(state: State) -> State:
         await generate(engine, ASK)

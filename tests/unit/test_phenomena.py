@@ -1,0 +1,440 @@
+"""Everything that can happen in a graph, and the exact tree of spans that is on record of it."""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Annotated, Any, TypedDict
+
+import pytest
+from langchain_core.tools import tool
+from langgraph.cache.memory import InMemoryCache
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.func import entrypoint, task
+from langgraph.graph import START, StateGraph
+from langgraph.runtime import Runtime as Node
+from langgraph.store.memory import InMemoryStore
+from langgraph.types import CachePolicy, Command, RetryPolicy, Send, TimeoutPolicy, interrupt
+
+from agentops import Context, Runtime, ScriptedEngine, Settings
+from agentops.engine import generate
+from agentops.errors import NodeFailed
+from agentops.records import Message, Request
+from agentops.store import open_store
+from agentops.tracer import carried, catch_up
+
+ASK = Request(messages=(Message("user", "hi"),))
+
+
+class State(TypedDict, total=False):
+    x: Annotated[list[str], operator.add]
+    q: str
+
+
+def flow(*edges: str | tuple[str, ...], **nodes: Any) -> StateGraph[Any, Any]:
+    """A graph whose nodes, in order of naming, all follow the start, unless an edge "a>b" says otherwise."""
+    builder: Any = StateGraph(State, context_schema=Context)
+    after = dict(reversed(str(edge).split(">")) for edge in edges)
+    for name, node in nodes.items():
+        builder.add_node(name, node)
+        builder.add_edge(after.get(name, START), name)
+    return builder
+
+
+def says(text: str) -> Callable[[State], State]:
+    def node(state: State) -> State:
+        return {"x": [text]}
+
+    return node
+
+
+async def asays(state: State) -> State:
+    await asyncio.sleep(0)
+    return {"x": ["a"]}
+
+
+def fails(state: State) -> State:
+    raise ValueError("no")
+
+
+async def slow(state: State) -> State:
+    await asyncio.sleep(30)
+    return {}
+
+
+async def calls(runtime: Node[Context]) -> None:
+    await generate(runtime.context.engine, ASK)
+
+
+def in_a_loop(runtime: Node[Context]) -> None:
+    asyncio.run(calls(runtime))
+
+
+@dataclass
+class Row:
+    """What happens: `graph` is run once, or `drive` does it and gives the run's id."""
+
+    tree: str
+    graph: Callable[[], Any] | None = None
+    drive: Callable[[Runtime], str] | None = None
+    fails: bool = False
+
+
+ROWS: dict[str, Row] = {}
+
+
+def phenomenon(name: str, tree: str, *, fails: bool = False) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
+    def kept(graph: Callable[[], Any]) -> Callable[[], Any]:
+        ROWS[name] = Row(tree, graph=graph, fails=fails)
+        return graph
+
+    return kept
+
+
+def driven(name: str, tree: str) -> Callable[[Callable[[Runtime], str]], Callable[[Runtime], str]]:
+    def kept(drive: Callable[[Runtime], str]) -> Callable[[Runtime], str]:
+        ROWS[name] = Row(tree, drive=drive)
+        return drive
+
+    return kept
+
+
+@phenomenon("sync nodes in an async graph", "node a 1 | node b 2")
+def _() -> Any:
+    return flow("a>b", a=says("a"), b=asays).compile()
+
+
+@phenomenon("a router", "node a 1 → b | node b 2")
+def _() -> Any:
+    builder: Any = StateGraph(State).add_node("a", asays).add_node("b", asays).add_node("c", asays).add_edge(START, "a")
+    return builder.add_conditional_edges("a", lambda state: "b", ["b", "c"]).compile()
+
+
+@phenomenon("a command", "node a 1 | node b 2")
+def _() -> Any:
+    builder: Any = StateGraph(State).add_node("a", lambda state: Command(goto="b"), destinations=("b",)).add_node("b", asays)
+    return builder.add_edge(START, "a").compile()
+
+
+@phenomenon("parallel nodes", "node a 1 | node b 1 | node c 2")
+def _() -> Any:
+    return flow("a>c", a=asays, b=asays, c=asays).compile()
+
+
+@phenomenon("send", "node a 1 → b x 3 | node b 2 packet 0 | node b 2 packet 1 | node b 2 packet 2")
+def _() -> Any:
+    builder: Any = StateGraph(State).add_node("a", asays).add_node("b", asays).add_edge(START, "a")
+    return builder.add_conditional_edges("a", lambda state: [Send("b", {"q": str(n)}) for n in range(3)], ["b"]).compile()
+
+
+@phenomenon("subgraphs, nested", "node outer 1 ( agent outer ( node middle 1 ( agent middle ( node inner 1 ) ) ) ) | node last 2")
+def _() -> Any:
+    middle = flow(middle=flow(inner=asays).compile()).compile()
+    return flow("outer>last", outer=middle, last=asays).compile()
+
+
+@phenomenon("a subgraph with checkpoints of its own", "node outer 1 ( agent outer ( node inner 1 ) )")
+def _() -> Any:
+    return flow(outer=flow(inner=asays).compile(checkpointer=True)).compile()
+
+
+@phenomenon("the functional API", "node work 0 ( node one 0 packet 0 | node one 0 packet 1 )")
+def _() -> Any:
+    @task
+    async def one(n: int) -> int:
+        return n + 1
+
+    @entrypoint()
+    async def work(given: dict[str, str]) -> int:
+        return sum(await asyncio.gather(one(1), one(2)))
+
+    return work
+
+
+@phenomenon("each attempt of a retry", "node a 1 error | node a 1 #2 error | node a 1 #3")
+def _() -> Any:
+    left = [ConnectionError("one"), ConnectionError("two")]
+
+    def twice(state: State) -> State:
+        if left:
+            raise left.pop(0)
+        return {"x": ["a"]}
+
+    builder: Any = StateGraph(State).add_node("a", twice, retry_policy=RetryPolicy(initial_interval=0.001, jitter=False))
+    return builder.add_edge(START, "a").compile()
+
+
+@phenomenon("a time limit", "node a 1 error", fails=True)
+def _() -> Any:
+    builder: Any = StateGraph(State).add_node("a", slow, timeout=TimeoutPolicy(run_timeout=0.05))
+    return builder.add_edge(START, "a").compile()
+
+
+@phenomenon("a time limit, tried again", "node a 1 error | node a 1 #2")
+def _() -> Any:
+    waits = [30.0, 0.0]
+
+    async def once(state: State) -> State:
+        await asyncio.sleep(waits.pop(0))
+        return {}
+
+    again = RetryPolicy(initial_interval=0.001, jitter=False)
+    builder: Any = StateGraph(State).add_node("a", once, timeout=TimeoutPolicy(run_timeout=0.2), retry_policy=again)
+    return builder.add_edge(START, "a").compile()
+
+
+@phenomenon("an error handler of a node", "node a 1 error | node a (error handler) 1 | node b 2")
+def _() -> Any:
+    builder: Any = StateGraph(State).add_node("a", fails, error_handler=lambda state: Command(goto="b", update={"x": ["mended"]}))
+    return builder.add_node("b", asays).add_edge(START, "a").compile()
+
+
+@phenomenon("two failures side by side", "node a 1 error | node b 1 error", fails=True)
+def _() -> Any:
+    return flow(a=fails, b=fails).compile()
+
+
+@phenomenon("cancelled by a sibling's failure", "node a 1 cancelled | node b 1 error", fails=True)
+def _() -> Any:
+    async def soon(state: State) -> State:
+        await asyncio.sleep(0.05)
+        raise ValueError("no")
+
+    return flow(a=slow, b=soon).compile()
+
+
+@phenomenon("operations on a store", "node a 1 ( memory put | memory get | memory search | memory list | memory delete )")
+def _() -> Any:
+    async def a(state: State, runtime: Node[Context]) -> State:
+        store = runtime.store
+        assert store is not None
+        await store.aput(("n",), "k", {"v": 1})
+        await store.aget(("n",), "k")
+        await store.asearch(("n",))
+        await store.alist_namespaces()
+        await store.adelete(("n",), "k")
+        return {}
+
+    return flow(a=a).compile(store=InMemoryStore())
+
+
+@phenomenon("operations on a store, sync", "node a 1 ( memory put | memory get )")
+def _() -> Any:
+    def a(state: State, runtime: Node[Context]) -> State:
+        store = runtime.store
+        assert store is not None
+        store.put(("n",), "k", {"v": 1})
+        store.get(("n",), "k")
+        return {}
+
+    return flow(a=a).compile(store=InMemoryStore())
+
+
+@phenomenon("a tool with a tool inside", "node a 1 ( tool outer ( tool inner ) )")
+def _() -> Any:
+    @tool
+    async def inner(x: int) -> int:
+        """Adds."""
+        return x + 1
+
+    @tool
+    async def outer(x: int) -> int:
+        """Adds."""
+        found: int = await inner.ainvoke({"x": x})
+        return found
+
+    async def a(state: State) -> State:
+        await outer.ainvoke({"x": 1})
+        return {}
+
+    return flow(a=a).compile()
+
+
+@phenomenon("gather", "node a 1 ( generation generate | generation generate )")
+def _() -> Any:
+    async def a(state: State, runtime: Node[Context]) -> State:
+        await asyncio.gather(calls(runtime), calls(runtime))
+        return {}
+
+    return flow(a=a).compile()
+
+
+@phenomenon("to_thread", "node a 1 ( generation generate )")
+def _() -> Any:
+    async def a(state: State, runtime: Node[Context]) -> State:
+        await asyncio.to_thread(in_a_loop, runtime)
+        return {}
+
+    return flow(a=a).compile()
+
+
+@phenomenon("a thread and a pool", "node a 1 | generation generate orphan | generation generate orphan")
+def _() -> Any:
+    def a(state: State, runtime: Node[Context]) -> State:
+        beside = threading.Thread(target=in_a_loop, args=(runtime,))
+        beside.start()
+        beside.join()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(in_a_loop, runtime).result()
+        return {}
+
+    return flow(a=a).compile()
+
+
+@phenomenon("a thread and a pool, carried", "node a 1 ( generation generate | generation generate | generation generate )")
+def _() -> Any:
+    def a(state: State, runtime: Node[Context]) -> State:
+        beside = threading.Thread(target=carried(in_a_loop), args=(runtime,))
+        beside.start()
+        beside.join()
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(carried(in_a_loop), [runtime, runtime]))
+        return {}
+
+    return flow(a=a).compile()
+
+
+@driven("a node answered from a cache", "node a 1 cached | node b 2")
+def _(runtime: Runtime) -> str:
+    builder: Any = StateGraph(State).add_node("a", asays, cache_policy=CachePolicy()).add_node("b", asays)
+    graph = builder.add_edge(START, "a").add_edge("a", "b").compile(cache=InMemoryCache())
+    runtime.run(graph, {"q": "?"})
+    return runtime.run(graph, {"q": "?"}).run_id
+
+
+@driven("an interrupt and its answer", "node a 1 interrupted || node a 1 | node b 2")
+def _(runtime: Runtime) -> str:
+    graph = flow("a>b", a=lambda state: {"x": [str(interrupt("sure?"))]}, b=asays).compile()
+    run = runtime.run(graph, {"q": "?"})
+    return runtime.resume(run.run_id, answer="yes", graph=graph).run_id
+
+
+@driven("two interrupts at once", "node a 1 interrupted | node b 1 interrupted | node c 1 || node a 1 | node b 1")
+def _(runtime: Runtime) -> str:
+    def asks(state: State) -> State:
+        return {"x": [str(interrupt("sure?"))]}
+
+    graph = flow(a=asks, b=asks, c=asays).compile()
+    run = runtime.run(graph, {"q": "?"})
+    return runtime.resume(run.run_id, answers={one.id: "yes" for one in run.interrupts}, graph=graph).run_id
+
+
+@driven("a breakpoint", "node a 1 || node b 2")
+def _(runtime: Runtime) -> str:
+    graph = flow("a>b", a=asays, b=asays).compile(interrupt_before=["b"])
+    return runtime.resume(runtime.run(graph, {"q": "?"}).run_id, graph=graph).run_id
+
+
+@driven("cancelled by its user", "node a 1 | node b 2 cancelled")
+def _(runtime: Runtime) -> str:
+    graph, found = flow("a>b", a=asays, b=slow).compile(), []
+
+    async def go() -> None:
+        async for event in runtime.astream(graph, {"q": "?"}):
+            found.append(event)  # noqa: PERF401 - they are looked at meanwhile
+
+    async def cancelled() -> None:
+        going = asyncio.create_task(go())
+        while not any(getattr(event, "node", "") == "b" for event in found):
+            await asyncio.sleep(0.01)
+        going.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await going
+
+    asyncio.run(cancelled())
+    return str(found[0].run_id)
+
+
+@driven("the reader of the stream leaves", "node a 1 | node b 2 cancelled")
+def _(runtime: Runtime) -> str:
+    graph, found = flow("a>b", a=asays, b=slow).compile(), []
+
+    async def go() -> None:
+        events = runtime.astream(graph, {"q": "?"})
+        async for event in events:
+            found.append(event)
+            if getattr(event, "node", "") == "b":
+                break
+        await events.aclose()
+
+    asyncio.run(go())
+    return str(found[0].run_id)
+
+
+@driven("what is called after the run has ended", "node a 1 | generation generate orphan")
+def _(runtime: Runtime) -> str:
+    ended = threading.Event()
+
+    def a(state: State, runtime: Node[Context]) -> State:
+        def later() -> None:
+            ended.wait(10)
+            in_a_loop(runtime)
+            done.set()
+
+        threading.Thread(target=later).start()
+        return {}
+
+    done = threading.Event()
+    run = runtime.run(flow(a=a).compile(), {"q": "?"})
+    ended.set()
+    assert done.wait(10)
+    return run.run_id
+
+
+OWN = [name for name, row in ROWS.items() if row.graph is not None and "API" not in name]
+
+
+@pytest.mark.parametrize(("name", "checkpoints"), [*((name, "ours") for name in ROWS), *((name, "of the graph") for name in OWN)])
+def test_the_tree_of_spans(settings: Settings, name: str, checkpoints: str) -> None:
+    row = ROWS[name]
+    with Runtime(settings, engine=ScriptedEngine(["ok"] * 9)) as runtime:
+        if row.drive is not None:
+            run_id = row.drive(runtime)
+        else:
+            assert row.graph is not None
+            graph = row.graph()
+            if checkpoints == "of the graph":
+                graph = graph.copy({"checkpointer": InMemorySaver()})
+            try:
+                run_id = runtime.run(graph, {"q": "?"}).run_id
+                assert not row.fails
+            except NodeFailed as error:
+                assert row.fails
+                run_id = error.run_id
+    assert drawn(settings, run_id) == row.tree
+
+
+def drawn(settings: Settings, run_id: str) -> str:
+    """The spans under each workflow span, `||` between sittings, siblings in the order of their start."""
+    catch_up(settings)
+    with open_store(settings) as store:
+        spans, balance = store.spans(run_id), store.balance(run_id)
+    assert balance.balanced
+    assert balance.orphans == sum(bool(one.attributes.get("orphan")) for one in spans)
+
+    def under(parent: str) -> str:
+        return " | ".join(
+            line(one) + (f" ( {below} )" if (below := under(one.id)) else "") for one in spans if one.parent_id == parent
+        )
+
+    def line(one: Any) -> str:
+        parts = [one.kind, one.name]
+        if one.kind == "node":
+            parts.append(str(one.step))
+        if (one.attempt or 1) > 1:
+            parts.append(f"#{one.attempt}")
+        notes = one.attributes
+        parts += [word for word in ("cached", "orphan") if notes.get(word)]
+        if "packet" in notes:
+            parts.append(f"packet {str(notes['packet']).rpartition('/')[2]}")
+        if "route" in notes:
+            parts.append(f"→ {notes['route']}")
+        if one.status != "ok":
+            parts.append(one.status)
+        return " ".join(parts)
+
+    return " || ".join(under(one.id) for one in spans if one.parent_id is None)
