@@ -167,15 +167,19 @@ def _worst(arm: Arm, limit: int, wide: bool) -> Iterator[RenderableType]:
 
     if not limit or len(arm.cases) < 2:
         return
-    table = _table("worst of", "", "case", "run", *(("question",) if wide else ()), right=(1,))
+    # Recorded runs are cases of their own.
+    named_cases = any(case.id != case.run_id for case in arm.cases)
+    asked = wide or not named_cases
+    heads = (*(("case",) if named_cases else ()), "run", *(("question",) if asked else ()))
+    table = _table("worst of", "", *heads, right=(1,))
     for metric in arm.metrics:
         for place, case in enumerate(arm.worst(metric.name, limit)):
             table.add_row(
                 Text(one_line(metric.name, 40) if not place else "", style="bold"),
                 number(metric.values[case.id]),
-                Text(one_line(case.id, 32)),
+                *((Text(one_line(case.id, 32)),) if named_cases else ()),
                 Text(one_line(case.run_id, 40), style="dim"),
-                *((Text(one_line(case.question, 60)),) if wide else ()),
+                *((Text(one_line(case.question, 60)),) if asked else ()),
             )
     if table.row_count:
         yield table
