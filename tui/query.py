@@ -1,6 +1,7 @@
 """The filter of the list of runs: `status:failed,waiting graph:rag since:2h index`.
 
-Fields come from a closed set; a word without a field must occur in the id, thread, graph or error. Quotes hold spaces together.
+Fields come from a closed set; a word without a field must occur in the id, thread, graph, error or input. Quotes hold spaces
+together.
 """
 
 from __future__ import annotations

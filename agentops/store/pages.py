@@ -6,11 +6,14 @@ seen; no page is found by counting from the start. Payloads are read for one row
 
 from __future__ import annotations
 
+import json
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
+import zstandard
 from sqlalchemy import ColumnClause, Connection, Select, column, func, or_, select
 
 from agentops.errors import RecordError, StoreTooNew
@@ -26,12 +29,14 @@ _ROWID: ColumnClause[int] = column("rowid")
 _CHUNK = 500
 NEWEST_SPANS = 20_000
 """Meters read the calls among so many spans: more would hold up the screen on a big record."""
+NEWEST_INPUTS, INPUT_BYTES = 5_000, 32 * 1024 * 1024
+"""Words are searched in the inputs of so many runs, the newest, and in so much JSON together."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFilter:
     """Which runs are wanted. An empty part wants all; several values of one part want any of them; every word of `words` must
-    be in the id, thread, graph or error (letters of either case)."""
+    be in the id, thread, graph, error or input (letters of either case)."""
 
     statuses: tuple[str, ...] = ()
     graphs: tuple[str, ...] = ()
@@ -120,6 +125,9 @@ class Pages(Store):
         self._place = self._file()
         self._watch: Connection | None = None
         self._seen = -1
+        self._inputs: dict[str, str] = {}
+        self.searched: int | None = None
+        """In how many inputs the words of the last list were looked for, where not in all; the newest were."""
 
     def close(self) -> None:
         if self._watch is not None:
@@ -168,12 +176,12 @@ class Pages(Store):
             "status": (runs.c.status, runs.c.started_ns, runs.c.id),
         }[sort]
         ordered = [one.desc() if descending else one.asc() for one in order]
-        return self._keys(_filtered(wanted).order_by(*ordered).limit(limit))
+        return self._keys(self._wanted(wanted).order_by(*ordered).limit(limit))
 
     def new_run_keys(self, wanted: RunFilter, after: int) -> array[int]:
         """Keys above `after` of runs wanted, newest first: what came since a vector was read."""
         runs = table("run")
-        return self._keys(_filtered(wanted).where(after < _ROWID).order_by(runs.c.started_ns.desc(), runs.c.id.desc()))
+        return self._keys(self._wanted(wanted).where(after < _ROWID).order_by(runs.c.started_ns.desc(), runs.c.id.desc()))
 
     def last_run_key(self) -> int:
         """The highest key of all runs, 0 where there are none."""
@@ -241,6 +249,49 @@ class Pages(Store):
             found.setdefault(experiment, {})[status] = count
         return found
 
+    def _wanted(self, wanted: RunFilter) -> Select[Any]:
+        """The keys of the runs wanted, without an order."""
+        query = _filtered(wanted)
+        self.searched = None
+        if wanted.words:
+            runs = table("run")
+            inputs = self._input_texts(query)
+            for word in wanted.words:
+                small = word.lower()
+                having = json.dumps([key for key, text in inputs.items() if small in text])
+                listed = select(func.json_each(having).table_valued("value").c.value)
+                places = (_has(runs.c[name], word) for name in ("id", "thread_id", "graph", "error"))
+                query = query.where(or_(*places, runs.c.input_hash.in_(listed)))
+        return query
+
+    def _input_texts(self, query: Select[Any]) -> dict[str, str]:
+        """What the newest of these runs were started with, in small letters, by the hash; it is kept for the next question."""
+        runs, payloads = table("run"), table("payload")
+        newest = (
+            query.with_only_columns(payloads.c.hash, payloads.c.size)
+            .join(payloads, payloads.c.hash == runs.c.input_hash)
+            .order_by(runs.c.started_ns.desc(), runs.c.id.desc())
+            .limit(NEWEST_INPUTS + 1)
+        )
+        keys: set[str] = set()
+        left = INPUT_BYTES
+        for place, (key, size) in enumerate(self._plain(newest)):
+            left -= 0 if key in keys else size
+            if place == NEWEST_INPUTS or left < 0:
+                self.searched = place
+                break
+            keys.add(key)
+        missing = [key for key in keys if key not in self._inputs]
+        self._inputs = {key: text for key, text in self._inputs.items() if key in keys}
+        unpacked = zstandard.ZstdDecompressor()
+        for at in range(0, len(missing), _CHUNK):
+            for row in self._plain(select(payloads).where(payloads.c.hash.in_(missing[at : at + _CHUNK]))):
+                # What is damaged has no words, and says so where it is opened.
+                with suppress(ValueError, RecursionError, zstandard.ZstdError):
+                    value = json.loads(unpacked.decompress(row.data, max_output_size=row.size))
+                    self._inputs[row.hash] = "\n".join(_strings(value)).lower()
+        return self._inputs
+
     def _plain(self, query: Select[Any]) -> list[Any]:
         return list(self._all(query))
 
@@ -250,6 +301,7 @@ class Pages(Store):
 
 
 def _filtered(wanted: RunFilter) -> Select[Any]:
+    """By all parts but the words."""
     runs = table("run")
     query = select(_ROWID).select_from(runs)
     for place, values in ((runs.c.status, wanted.statuses), (runs.c.thread_id, wanted.threads)):
@@ -260,9 +312,20 @@ def _filtered(wanted: RunFilter) -> Select[Any]:
         query = query.where(or_(*(_called(runs.c.graph, name) for name in wanted.graphs)))
     if wanted.since_ns is not None:
         query = query.where(runs.c.started_ns >= wanted.since_ns)
-    for word in wanted.words:
-        query = query.where(or_(*(_has(runs.c[name], word) for name in ("id", "thread_id", "graph", "error"))))
     return query
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All text in a JSON value, without the names of fields."""
+    left = [value]
+    while left:
+        match left.pop():
+            case str(text):
+                yield text
+            case list(items):
+                left += items
+            case dict(items):
+                left += items.values()
 
 
 def _has(place: Any, text: str) -> Any:

@@ -147,12 +147,22 @@ async def test_open_sort_reverse_and_follow(record: Settings) -> None:
         assert table(app).cursor == 0
 
 
-async def test_filter(record: Settings) -> None:
+async def test_filter(record: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     async with opened(record) as (app, pilot):
         await press(pilot, "slash", *"status:failed")
         assert row_ids(app) == ["run_02B"]
         await press(pilot, "enter")
         assert table(app).has_focus
+        await press(pilot, "slash")
+        app.screen.query_one(Input).value = "where index"
+        await press(pilot, "enter")
+        assert row_ids(app) == ["run_02B"], "what was asked is searched too"
+        assert "searched" not in said(app, "#summary")
+        monkeypatch.setattr("agentops.store.pages.NEWEST_INPUTS", 1)
+        await press(pilot, "slash")
+        app.screen.query_one(Input).value = "customer"
+        await press(pilot, "enter")
+        assert "only the newest 1 inputs searched" in said(app, "#nothing").lower()
         await press(pilot, "slash")
         app.screen.query_one(Input).value = "colour:red"
         await press(pilot, "enter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 
 import pytest
 from tui_record import NOW, SECOND, Seeds, many, small
@@ -44,11 +45,39 @@ def test_runs_come_in_every_order_both_ways(pages: Pages) -> None:
         (RunFilter(since_ns=NOW - 200 * SECOND), ["run_01A", "run_02B"]),
         (RunFilter(words=("NO SUCH", "valueerror")), ["run_02B"]),
         (RunFilter(words=("100%",)), []),
+        (RunFilter(words=("WHERE", "is the index")), ["run_02B"]),
+        (RunFilter(words=("to the customer",), statuses=("waiting",)), ["run_03C"]),
+        (RunFilter(words=("to the customer",), statuses=("done",)), []),
         (RunFilter(words=("run_0",), statuses=("done",), since_ns=NOW - 100 * SECOND), ["run_01A"]),
     ],
 )
 def test_a_filter_leaves_what_it_says(pages: Pages, wanted: RunFilter, found: list[str]) -> None:
     assert ids(pages, wanted) == found
+
+
+def test_names_of_fields_are_not_what_was_asked(pages: Pages) -> None:
+    assert "run_02B" not in ids(pages, RunFilter(words=("question",)))
+
+
+def test_inputs_are_searched_newest_first_up_to_a_bound(pages: Pages, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = RunFilter(words=("customer",))
+    assert ids(pages, asked) == ["run_03C"]
+    assert pages.searched is None
+    monkeypatch.setattr("agentops.store.pages.NEWEST_INPUTS", 2)
+    assert ids(pages, asked) == []
+    assert pages.searched == 2
+    assert ids(pages, replace(asked, graphs=("review",))) == ["run_03C"], "a field brings others within reach"
+    assert pages.searched is None
+    monkeypatch.setattr("agentops.store.pages.INPUT_BYTES", 10)
+    assert ids(pages, asked) == []
+    assert pages.searched == 0
+
+
+def test_a_damaged_input_has_no_words(pages: Pages, settings: Settings) -> None:
+    with sqlite3.connect(settings.paths.home / "record.db") as database:
+        database.execute("UPDATE payload SET data = x'00'")
+    assert ids(pages, RunFilter(words=("customer",))) == []
+    assert ids(pages, RunFilter(words=("run_03",))) == ["run_03C"]
 
 
 def test_what_came_since_is_found_by_its_key(pages: Pages, settings: Settings) -> None:

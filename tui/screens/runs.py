@@ -50,13 +50,14 @@ def status_piece(status: RunStatus) -> Piece:
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """What one reading found: the keys in order, rows of some, and how many runs have which status; which run was the last to be
-    recorded, by key and id."""
+    recorded, by key and id; in how many inputs words were looked for, where not in all."""
 
     keys: array[int]
     rows: dict[int, RunLine]
     counts: dict[str, int]
     last: tuple[int, str]
     whole: bool
+    searched: int | None
 
     @property
     def total(self) -> int:
@@ -127,9 +128,10 @@ class RunsScreen(Base):
             if keys is None:
                 keys = pages.run_keys(wanted, sort, descending=descending, limit=None if full else _FIRST)
                 whole = full or len(keys) < _FIRST
+            searched = pages.searched if wanted.words else None
             # Home and End find their rows here.
             rows = pages.run_lines({*keys[:100], *keys[-100:], *seen, last})
-            return _Seen(keys, rows, counts, (last, rows[last].id if last in rows else ""), whole)
+            return _Seen(keys, rows, counts, (last, rows[last].id if last in rows else ""), whole, searched)
 
         def deliver(found: _Seen) -> None:
             if asked != self._asked_for:
@@ -152,13 +154,12 @@ class RunsScreen(Base):
         total = found.total
         shown = f"{len(found.keys):,} of {total:,} runs" if state.filter else f"{total:,} runs"
         by = ", ".join(f"{number:,} {name}" for name, number in sorted(found.counts.items()))
-        parts = [shown, by, f"filter: {state.filter}" if state.filter else "", "following" if state.follow else ""]
+        bounded = f"only the newest {found.searched:,} inputs searched" if found.searched is not None else ""
+        filtered = f"filter: {state.filter}" if state.filter else ""
+        parts = [shown, bounded, by, filtered, "following" if state.follow else ""]
         self.query_one("#summary", Static).update(flatten(" · ".join(part for part in parts if part)))
-        said = (
-            NOTHING
-            if not total
-            else f"No run fits the filter: {flatten(state.filter)}\n\nPress / and change it, or Esc there to clear it."
-        )
+        none = f"No run fits the filter: {flatten(state.filter)}\n\nPress / and change it, or Esc there to clear it."
+        said = NOTHING if not total else none + (f"\n\n{bounded.capitalize()}." if bounded else "")
         self.show_nothing(not found.keys, instead_of=self._table, said=said)
         self.terminal.tell_bar()
 
