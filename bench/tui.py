@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,10 +236,10 @@ def probed(name: str, home: Path, *, limit_s: float = 240) -> dict[str, float]:
         return dict(json.loads(output.read_text(encoding="utf-8")))
 
 
-def keys(screen: Terminal, key: bytes, times: int) -> tuple[float, float, int]:
-    """CPU milliseconds a key of `key` in turn, and the median and the most of bytes sent for one."""
+def keys(screen: Terminal, keys: Sequence[bytes], times: int) -> tuple[float, float, int]:
+    """CPU milliseconds a key of `keys` in turn, and the median and the most of bytes sent for one."""
     before = cpu_s(screen.process.pid)
-    sizes = [len(screen.send(key[at % len(key) : at % len(key) + 1], 0.4)) for at in range(times)]
+    sizes = [len(screen.send(keys[at % len(keys)], 0.4)) for at in range(times)]
     # What a resting application spends is not the keys'.
     spent = cpu_s(screen.process.pid) - before
     rest = cpu_s(screen.process.pid)
@@ -311,20 +312,21 @@ def main() -> None:
         row("500 new spans/s: longest stall", note["longest_stall_ms"], "ms", "", why=none)
         row("500 new spans/s: shown", note["spans_a_second_shown"], "spans/s", "500", why=none)
         row("500 new spans/s: share of a core", note["writing_cpu_share"], "", "", why=none)
+        down, up, last, first = b"\x1b[6~", b"\x1b[5~", b"\x1b[F", b"\x1b[H"
         with terminal([sys.executable, "-m", "agentops", "tui", "runs"], environment) as screen:
             screen.read_until("✓ done".encode())
             screen.read(4)
             time.sleep(2)
             screen.send(b"j", 1)
-            for label, key, times in (("in the list", b"jk", 80), ("down the list", b"j", 80)):
-                spent, median, most = keys(screen, key, times)
+            for label, pressed, times in (("in the list", [b"j", b"k"], 80), ("down the list", [b"j"], 80)):
+                spent, median, most = keys(screen, pressed, times)
                 row(f"a key {label}", spent, "CPU ms", "<= 5", why=none)
                 row(f"a key {label}, bytes: median", median, "bytes", "<= 2,048", why=none)
                 row(f"a key {label}, bytes: most", most, "bytes", "", why=none)
             screen.send(b"g", 1)
             screen.send(b"\r", 2)
             screen.read(3)
-            spent, median, most = keys(screen, b"j", 20)
+            spent, median, most = keys(screen, [b"j"], 20)
             row("a key in a trace of 30,000 spans, and the detail", spent, "CPU ms", "", why=none)
             row("a key in a trace, and the detail, bytes: median", median, "bytes", "", why=none)
             # A held key: the detail follows once, when it is let go.
@@ -339,6 +341,22 @@ def main() -> None:
                 why=none,
             )
             row("a held key in a trace, bytes", (len(screen.output) - start) / 60, "bytes", "<= 2,048", why=none)
+        pages = (("PgDn", [down]), ("PgUp", [up]), ("End and Home", [last, first]))
+        for width, height in ((80, 24), (120, 40)):
+            with terminal([sys.executable, "-m", "agentops", "tui", "runs"], environment, width, height) as screen:
+                screen.read_until("✓ done".encode())
+                screen.read(4)
+                time.sleep(2)
+                for where, times in (("list", 40), ("trace", 20)):
+                    for label, pressed in pages:
+                        spent, median, most = keys(screen, pressed, times)
+                        label = f"{label} in the {where}, {width} x {height}"
+                        row(label, spent, "CPU ms", "<= 5", why=none)
+                        row(f"{label}, bytes: median", median, "bytes", "<= 2,048", why=none)
+                        row(f"{label}, bytes: most", most, "bytes", "<= 2,048", why=none)
+                    screen.send(first, 1)
+                    screen.send(b"\r", 2)
+                    screen.read(3)
         small = 5_000 if quick else 20_000
         for ours, ours_rows, peer, peer_rows in (
             ("table", 1_000_000, "datatable", small if quick else 100_000),
