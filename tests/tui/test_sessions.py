@@ -108,7 +108,7 @@ def test_what_is_sent_in_parts_is_what_a_whole_screen_is(settings: Settings, env
         for keys in ("jjjj", "PPkk", "Ejk", "tP", "\r", "jjzjz", "Pdjd", "?jj", "q1EE", "\r"):
             for key in keys:
                 screen({"P": "NPage", "E": "End", "\r": "Enter"}.get(key, key))
-                time.sleep(0.15)
+                time.sleep(0.04)
             time.sleep(0.4)
             parts = seen(screen("-e"))
             screen("C-l")
