@@ -26,7 +26,9 @@ _EVASIVE = re.compile(
     r"\b(?:(?:do(?:es)? not|don['’]t|doesn['’]t|can(?:not| not|['’]t)|could not|couldn['’]t|unable to|not able to)\s+"
     r"(?:\w+\s+)?(?:know|answer|say|tell|help|discuss|assist|provide|find|determine)"
     r"|(?:am|I['’]m|are) not (?:sure|certain|aware)|no (?:information|idea|answer)|it depends"
-    r"|(?:I['’]m|I am) (?:sorry|afraid))\b",
+    r"|(?:I['’]m|I am) (?:sorry|afraid))\b"
+    # What a search came near to is told of the search, and claims nothing.
+    r"|\b(?:nearest|closest)\b[^.]*\babout:",
     re.IGNORECASE,
 )
 

@@ -62,7 +62,10 @@ def _show(found: Replayed) -> None:
     inner = ", ".join(f"{name} {times}" for name, times in places.items() if name)
     answered = ", ".join(f"{times} {_words(kind, times)}" for kind, times in sorted(found.answered.items()))
     steps = f"{places['']} supersteps" + (f" (inside: {inner})" if inner else "")
-    print(clean(f"{'=' if found.same else '≠'} run {found.run_id}  {short_name(found.graph)}  {found.replayed_status}"))
+    ended = found.recorded_status
+    if found.replayed_status != ended and not found.ended_early:
+        ended = f"recorded {ended}, replayed {found.replayed_status}"
+    print(clean(f"{'=' if found.same else '≠'} run {found.run_id}  {short_name(found.graph)}  {ended}"))
     hashes = "the same state after each" if not wrong else f"another state after {len(wrong)} of {len(found.supersteps)}"
     print(clean(f"  {steps}: {hashes}"))
     print(f"  output: {'the same' if found.output_same else 'another'}")

@@ -24,10 +24,10 @@ from tui.widgets.table import Table
 from tui.widgets.trace import Trace
 
 COMMANDS = {
-    "runs": "agentops run rag",
-    "inbox": "agentops run review",
+    "runs": "agentops run assistant",
+    "inbox": "agentops run assistant",
     "evals": "agentops eval --dataset",
-    "engine": "agentops run rag",
+    "engine": "agentops run assistant",
 }
 
 
@@ -45,6 +45,15 @@ async def test_with_nothing_on_record_each_screen_says_what_to_do(settings: Sett
     async with opened(settings, open_at=place, size=(80, 24)) as (app, _):
         assert COMMANDS[place] in said(app, "#nothing")
         assert COMMANDS[place] in drawn(app)
+
+
+async def test_with_nothing_on_record_keys_are_no_text_of_a_filter(settings: Settings) -> None:
+    open_store(settings).close()
+    async with opened(settings, open_at="runs", size=(80, 24)) as (app, pilot):
+        await press(pilot, "question_mark", "escape", "2")
+        assert app.state.filter == ""
+        assert COMMANDS["inbox"] in said(app, "#nothing")
+        assert "No run waits" in said(app, "#nothing")
 
 
 async def test_what_is_written_meanwhile_appears_and_moves(settings: Settings) -> None:

@@ -595,6 +595,7 @@ async def test_the_small_model_can_be_asked_and_always_answers_in_form(engine: E
         ("The tower opened in 1889, and it is painted brown.", ["The tower opened in 1889", "it is painted brown."]),
         ("Bread, cheese, and a glass of wine.", ["Bread, cheese, and a glass of wine."]),
         ("Is it so? I do not know that.", []),
+        ("I do not know: the documents do not answer it. The nearest they have is about: Metrics; Runs are kept.", []),
         ("42", ["42"]),
         ("Yes.", ["Yes."]),
         ("", []),
@@ -609,6 +610,8 @@ def test_a_text_is_taken_apart_into_what_it_claims(text: str, found: list[str]) 
     ("text", "evasive"),
     [
         ("I do not know: the documents do not answer that.", True),
+        ("The nearest they have is about: Metrics > Judged; Runs.", True),
+        ("The closest star is about four light years away.", False),
         ("I'm sorry, but I can't help with that.", True),
         ("It depends.", True),
         ("The tower opened in 1889.", False),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, cast
 
 from rich.text import Text
 from textual.app import ComposeResult
@@ -16,11 +16,13 @@ from agentops.store.pages import Pages
 from tui.actions import ACTIONS
 from tui.text import flatten
 from tui.widgets.bar import Bar
+from tui.widgets.table import Table
 
 if TYPE_CHECKING:
     from tui.app import TerminalApp
 
 T = TypeVar("T")
+R = TypeVar("R")
 LEAST_CELLS, LEAST_LINES = 60, 14
 
 
@@ -31,6 +33,8 @@ class Base(Screen[None]):
     section: ClassVar[str] = "runs"
     nothing: ClassVar[str] = ""
     BINDINGS: ClassVar[list[BindingType]] = []
+    # The first widget that can be focused may be one that is hidden, such as the filter of the runs.
+    AUTO_FOCUS: ClassVar[str | None] = ""
 
     @property
     def terminal(self) -> TerminalApp:
@@ -93,3 +97,20 @@ class Base(Screen[None]):
 
     def action_back(self) -> None:
         self.app.pop_screen()
+
+
+class ListScreen(Base, Generic[R]):
+    """A screen around a table of rows; a click on the row under the cursor opens it as Enter does."""
+
+    def on_mount(self) -> None:
+        self._table.focus()
+
+    @property
+    def _table(self) -> Table[R]:
+        return cast("Table[R]", self.query_one("#table", Table))
+
+    def on_lines_chosen(self) -> None:
+        self.action_open()
+
+    def action_open(self) -> None:
+        """Shows the row under the cursor in full."""
