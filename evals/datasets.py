@@ -11,6 +11,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,9 @@ _FORMS = {
     "rubric": 'a JSON object with a text for each grade, such as {"1": "wrong", "5": "right"}',
     "any": "a text or a JSON object",
 }
+
+
+_UNSEEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
 
 class DatasetError(UsageError):
@@ -207,9 +211,23 @@ def case_of(row: Mapping[str, Any], where: str = "the case") -> Case:
 
 
 def to_jsonl(cases: Iterable[Case]) -> str:
-    """A file that `load_dataset` reads to the same cases."""
+    """A file that `load_dataset` reads to the same cases. Letters of all languages stand as they are; what moves a terminal's
+    cursor, turns its writing around or ends a line is escaped."""
     rows = ({name: value for name, value in case.plain().items() if name != "turn"} for case in cases)
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(_UNSEEN.sub(_escaped, json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
+def is_text(row: Any) -> bool:
+    """Whether all its texts are such: one with half of a surrogate pair cannot be written as UTF-8, nor be shown to a model."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def written(value: Any) -> bytes:
@@ -237,6 +255,8 @@ def _jsonl(file: io.BufferedReader, name: str) -> Generator[tuple[int, Mapping[s
             raise DatasetError(f"{where} is no JSON: {error}", hint=hint) from None
         if not isinstance(row, dict):
             raise DatasetError(f"{where} is {_kind(row)}, not an object", hint='each line is an object: {"question": "..."}')
+        if not is_text(row):
+            raise DatasetError(f"{where} has half of a surrogate pair", hint="write the whole character, or leave it out")
         yield number, row
 
 

@@ -74,7 +74,7 @@ def from_runs(
         raise UsageError("no runs are named", hint="give ids, --thread, --since or --worse-than")
     if output is not None and output.exists():
         raise UsageError(f"{output} is there already", hint="name another file, or remove it")
-    cases: list[Case] = []
+    made: list[Case] = []
     left: list[str] = []
     with _record() as store:
         chosen = {run.id: run for run in map(store.run, runs or ())}
@@ -88,19 +88,26 @@ def from_runs(
             raise RunNotFound("no recorded run is meant", hint="list them with: agentops runs")
         for run in chosen.values():
             case, why = _case(store, run, answers if answers is not None else bar is None)
-            said = {**case.plain(), "id": ""} if case else {}
-            if case is not None and any({**other.plain(), "id": ""} == said for other in cases):
-                case, why = None, "it says the same as another"
             if case is None:
                 left.append(f"run {run.id} is left out: {why}")
             else:
-                cases.append(case)
-    text = to_jsonl(_threads(cases, {run.id: run.thread_id for run in chosen.values()}))
+                made.append(case)
+    cases: list[Case] = []
+    said: set[str] = set()
+    # A turn of a conversation is one of its thread: the same words elsewhere are another case.
+    for case in _threads(made, {run.id: run.thread_id for run in chosen.values()}):
+        key = json.dumps({**case.plain(), "id": ""}, sort_keys=True)
+        if key in said and not case.thread:
+            left.append(f"run {case.id} is left out: it says the same as another")
+        else:
+            said.add(key)
+            cases.append(case)
     for line in left:
         print(line, file=sys.stderr)
     if not cases:
         raise RunNotFound("none of the runs makes a case", hint="see why above")
-    made = dataset_of("cases", map(json.loads, text.splitlines()))
+    text = to_jsonl(cases)
+    found = dataset_of("cases", map(json.loads, text.splitlines()))
     if output is None:
         print(text, end="")
     else:
@@ -108,12 +115,12 @@ def from_runs(
             output.write_text(text, encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{output} cannot be written: {error.strerror}", hint="name another file") from None
-    print(f"{len(made.cases)} cases, hash {made.hash}" + (f", in {output}" if output else ""), file=sys.stderr)
+    print(f"{len(found.cases)} cases, hash {found.hash}" + (f", in {output}" if output else ""), file=sys.stderr)
 
 
 def _case(store: Store, run: RunRow, answers: bool) -> tuple[Case | None, str]:
     """The case that a run makes, or why it makes none."""
-    from evals.datasets import Case
+    from evals.datasets import Case, is_text
     from evals.reading import read_sample
     from evals.samples import Reference
 
@@ -131,7 +138,8 @@ def _case(store: Store, run: RunRow, answers: bool) -> tuple[Case | None, str]:
     )
     given: Any = store.payload(run.input_hash) if run.input_hash else None
     plain = not isinstance(given, dict) or set(given) <= {"question"}
-    return Case(id=run.id, input=sample.question if plain else given, reference=reference), ""
+    case = Case(id=run.id, input=sample.question if plain else given, reference=reference)
+    return (case, "") if is_text(case.plain()) else (None, "it has half of a surrogate pair")
 
 
 def _threads(cases: list[Case], threads: dict[str, str]) -> list[Case]:

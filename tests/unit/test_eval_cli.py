@@ -10,10 +10,11 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pytest
 from judge_server import completion, judge_server
+from langgraph.graph import START, StateGraph
 
 from agentops import Runtime, ScriptedEngine, Settings
 from agentops.cli import main, progress
@@ -21,6 +22,11 @@ from agentops.cli.evaluate import _experiment_names, _metric_names
 from agentops.retrieval.embed import HashEmbedder
 from agentops.store import open_store
 from agentops.tracer import catch_up
+
+
+class Spoken(TypedDict, total=False):
+    question: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -456,3 +462,31 @@ def test_three_cases_with_the_real_model(cli: Cli, settings: Settings, model_fol
     assert metrics["faithfulness"]["judged"] == {"computed": 3}
     assert metrics["context_recall"]["unscored"] == {"no_reference": 1}
     assert metrics["citations_resolve"]["interval"]["value"] == 1
+
+
+def test_turns_stay_in_their_conversations_and_no_text_can_break_a_dataset(cli: Cli, settings: Settings) -> None:
+    texts = {"a": ["hello", "follow A"], "b": ["hello", "follow B"], "c": ["hello"], "d": ["hello"], "e": ["odd"], "f": ["half"]}
+    said = {"odd": "one\u2028two\u0085three\u202e\x9b31mred é日", "half": "\ud800"}
+
+    def speak(state: Spoken) -> Spoken:
+        return {"answer": said.get(state["question"], "well")}
+
+    graph = StateGraph(Spoken).add_node("speak", speak).add_edge(START, "speak").compile()
+    with Runtime(settings, engine=ScriptedEngine()) as runtime:
+        for thread, questions in texts.items():
+            for question in questions:
+                runtime.run(graph, {"question": question}, thread=thread)
+    made = cli("dataset", "from-runs", "--since", "1h", "--output", "made.jsonl")
+    assert made.code == 0, made.err
+    raw = Path("made.jsonl").read_text(encoding="utf-8")
+    assert not {"\u2028", "\u0085", "\u202e", "\x9b"} & set(raw)
+    assert "é日" in raw
+    rows = [json.loads(line) for line in raw.splitlines()]
+    talks = [(row.get("thread"), row["question"]) for row in rows]
+    assert talks == [("a", "hello"), ("a", "follow A"), ("b", "hello"), ("b", "follow B"), (None, "hello"), (None, "odd")]
+    assert rows[-1]["answer"] == said["odd"]
+    assert made.err.count("says the same as another") == 1
+    assert made.err.count("half of a surrogate pair") == 1
+    Path("half.jsonl").write_text('{"question": "a"}\n{"question": "b", "thread": "\\ud800"}\n')
+    half = cli("dataset", "check", "half.jsonl")
+    assert (half.code, "half.jsonl, line 2 has half of a surrogate pair" in half.err) == (2, True)
