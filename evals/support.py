@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
+from textwrap import wrap
 
 from agentops.engine import Engine
 from agentops.grounding import coverage, numbers_missing, terms
@@ -148,7 +149,8 @@ def excerpt(source: str, claims: Sequence[str]) -> str:
     """The part of a source that has most to do with the claims, in its own order."""
     if len(source) <= SOURCE_CHARACTERS:
         return source
-    sentences = split_sentences(source)
+    # Tables and logs may have no end of a sentence for pages.
+    sentences = [part for sentence in split_sentences(source) for part in wrap(sentence, SOURCE_CHARACTERS // 8)]
     shared = [max((coverage(claim, sentence) for claim in claims), default=0.0) for sentence in sentences]
     kept, room = set(), SOURCE_CHARACTERS
     for place in sorted(range(len(sentences)), key=lambda i: -shared[i]):

@@ -107,7 +107,7 @@ def from_runs(
     if not cases:
         raise RunNotFound("none of the runs makes a case", hint="see why above")
     text = to_jsonl(cases)
-    found = dataset_of("cases", map(json.loads, text.splitlines()))
+    dataset = dataset_of("cases", map(json.loads, text.splitlines()))
     if output is None:
         print(text, end="")
     else:
@@ -115,7 +115,7 @@ def from_runs(
             output.write_text(text, encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{output} cannot be written: {error.strerror}", hint="name another file") from None
-    print(f"{len(found.cases)} cases, hash {found.hash}" + (f", in {output}" if output else ""), file=sys.stderr)
+    print(f"{len(dataset.cases)} cases, hash {dataset.hash}" + (f", in {output}" if output else ""), file=sys.stderr)
 
 
 def _case(store: Store, run: RunRow, answers: bool) -> tuple[Case | None, str]:

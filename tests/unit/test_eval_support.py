@@ -146,3 +146,12 @@ def test_the_default_model_tells_a_near_miss_from_a_quotation(engine: Engine) ->
     claims = ["It was designed by Thomas Bouch.", "It was designed by Gustave Eiffel.", "It was opened in June 1887."]
     quoted, *wrong = run_sync(supports(engine, claims, TAY, "Who designed the Tay Bridge?"))
     assert quoted.log_odds > 0 > max(one.log_odds for one in wrong)
+
+
+def test_of_a_page_without_the_end_of_a_sentence_the_right_part_is_read() -> None:
+    fact = "the tower opened in 1889"
+    filler = ", ".join(f"entry {n} of the long table has value {n * 7}" for n in range(400))
+    source = f"{filler}, {fact}, {filler}"
+    part = excerpt(source, [fact])
+    assert fact in part
+    assert len(part) <= SOURCE_CHARACTERS
