@@ -56,8 +56,9 @@ class TerminalApp(App[None]):
     #small { display: none; layer: over; width: 100%; height: 100%; background: $background; content-align: center middle; }
     .-small > #small { display: block; }
     #news { height: 1; padding: 0 1; color: $text-warning; }
-    #summary { height: 1; padding: 0 1; color: $text-muted; }
-    #head { height: auto; max-height: 3; padding: 0 1; }
+    #summary { height: 1; padding: 0 1; color: $text-muted; text-wrap: nowrap; text-overflow: ellipsis; }
+    #head { height: auto; max-height: 3; padding: 0 1; text-wrap: nowrap; text-overflow: ellipsis; }
+    #meters { padding: 0 1; }
     #filter { height: 3; }
     #table, #trace, #detail, #meters { height: 1fr; }
     #halves { height: 1fr; layout: vertical; }

@@ -26,7 +26,7 @@ NOTHING = """No model call is on record yet.
 
 Speed, cache and queue are those of recorded calls; this one makes some:
 
-    agentops run rag "a question" """
+    agentops run assistant "What is 17 * 23?" """
 
 
 Running = tuple[RunLine, int | None]
@@ -75,18 +75,20 @@ def engine_parts(calls: Sequence[CallLine], running: Sequence[Running], now_ns: 
     for title, since_ns in (("The last hour", now_ns - _BUCKETS * _MINUTE_NS), ("All that was read", 0)):
         chosen = [call for call in calls if call.start_ns >= since_ns]
         parts += [
-            Part(title, f"{len(chosen):,} model calls among the newest {NEWEST_SPANS:,} spans", block=True),
+            Part(
+                title, f"{len(chosen):,} model call{'s' * (len(chosen) != 1)} among the newest {NEWEST_SPANS:,} spans", block=True
+            ),
             *_meters(chosen),
         ]
     hour = [call for call in calls if call.start_ns >= now_ns - _BUCKETS * _MINUTE_NS]
     parts.append(Part("Each minute of the last hour", "", block=True))
-    parts.append(Part("calls", _spark(_each_minute(hour, now_ns, lambda call: 1.0))))
-    parts.append(Part("output", _spark(_each_minute(hour, now_ns, lambda call: float(call.output_tokens)))))
-    parts.append(Part("queued", _spark(_each_minute(hour, now_ns, lambda call: call.queue_ms))))
+    parts.append(Part("  calls", _spark(_each_minute(hour, now_ns, lambda call: 1.0))))
+    parts.append(Part("  output", _spark(_each_minute(hour, now_ns, lambda call: float(call.output_tokens)))))
+    parts.append(Part("  queued", _spark(_each_minute(hour, now_ns, lambda call: call.queue_ms))))
     parts.append(Part("Models", "", block=True))
     for model in sorted({call.model or "-" for call in calls}):
         mine = [call for call in calls if (call.model or "-") == model]
-        parts.append(Part("", f"{model}: {len(mine):,} calls, {_speed(mine)}", block=True))
+        parts.append(Part("", f"{model}: {len(mine):,} call{'s' * (len(mine) != 1)}, {_speed(mine)}", block=True))
     parts.append(Part("Running now", "" if running else "no run is at work", block=True))
     for run, held in running:
         memory = f"{held / 2**20:,.0f} MB" if held is not None else "memory unknown"

@@ -18,11 +18,11 @@ from agentops.store import CaseRow, ExperimentRow, ScoreRow
 from agentops.store.pages import Pages
 from agentops.text import duration, moment, short_name
 from tui.actions import bindings
-from tui.screens.base import Base
+from tui.screens.base import ListScreen
 from tui.screens.runs import status_piece
 from tui.text import as_text, flatten
 from tui.widgets.detail import Detail, Part, score_parts
-from tui.widgets.lines import Lines, Piece
+from tui.widgets.lines import Piece
 from tui.widgets.table import Column, Table
 
 Interval = Callable[[str, Sequence[float], Sequence[str]], tuple[float, float] | None]
@@ -155,7 +155,7 @@ def metric_parts(metrics: Sequence[Measured]) -> list[Part]:
     return parts
 
 
-class EvalsScreen(Base):
+class EvalsScreen(ListScreen[Experiment]):
     """The experiments, newest first, and the scores of the one under the cursor."""
 
     where = "evals"
@@ -186,13 +186,6 @@ class EvalsScreen(Base):
         with Container(id="halves"):
             yield Table(columns, id="table")
             yield Detail(id="detail")
-
-    def on_mount(self) -> None:
-        self._table.focus()
-
-    @property
-    def _table(self) -> Table[Experiment]:
-        return cast("Table[Experiment]", self.query_one("#table", Table))
 
     def read(self, *, calm: bool = False) -> None:
         held = self._table.row
@@ -245,15 +238,12 @@ class EvalsScreen(Base):
                 Part("id", row.id, "dim"),
                 Part("dataset", f"{row.dataset}  {row.dataset_hash}"),
             ]
-            parts += [Part("took", duration(took)), Part("settings", as_text(dict(row.settings)).replace("\n", " "), "dim")]
+            parts += [Part("took", duration(took)), Part("settings", " ".join(as_text(dict(row.settings)).split()), "dim")]
             parts.append(Part("cases", ", ".join(f"{number} {name}" for name, number in sorted(one.counts.items()))))
             if row.error:
                 parts.append(Part("error", row.error, "bad"))
             parts += metric_parts(self._measured.get(row.id, ()))
         self.query_one("#detail", Detail).show_parts(parts)
-
-    def on_lines_chosen(self, message: Lines.Chosen) -> None:
-        self.action_open()
 
     def action_open(self) -> None:
         if (one := self._table.row) is not None:
@@ -272,7 +262,7 @@ class EvalsScreen(Base):
         self.terminal.start_job(["eval", "--compare", self.marked, one.row.id])
 
 
-class CasesScreen(Base):
+class CasesScreen(ListScreen[Case]):
     """The cases of an experiment with their scores, the worst first: of one metric, or of all. Enter opens the trace."""
 
     where = "cases"
@@ -304,13 +294,6 @@ class CasesScreen(Base):
         with Container(id="halves"):
             yield Table(columns, id="table")
             yield Detail(id="detail")
-
-    def on_mount(self) -> None:
-        self._table.focus()
-
-    @property
-    def _table(self) -> Table[Case]:
-        return cast("Table[Case]", self.query_one("#table", Table))
 
     def read(self, *, calm: bool = False) -> None:
         key = self._experiment.id
@@ -349,9 +332,6 @@ class CasesScreen(Base):
                 parts.append(Part("error", one.row.error, "bad"))
             parts += score_parts([*one.scores.values(), *one.people])
         self.query_one("#detail", Detail).show_parts(parts)
-
-    def on_lines_chosen(self, message: Lines.Chosen) -> None:
-        self.action_open()
 
     def action_open(self) -> None:
         one = self._table.row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import BindingType
@@ -17,12 +17,11 @@ from agentops.store import RunRow
 from agentops.store.pages import Pages
 from agentops.text import moment, short_name
 from tui.actions import bindings
-from tui.screens.base import Base
+from tui.screens.base import ListScreen
 from tui.screens.dialogs import Write
 from tui.text import as_text, flatten
 from tui.verbs import answer_words, answers
 from tui.widgets.detail import Detail, Part, content, content_parts
-from tui.widgets.lines import Lines
 from tui.widgets.table import Column, Table
 
 MOST = 500
@@ -31,7 +30,7 @@ NOTHING = """No run waits for an answer.
 A run comes here when its graph asks a person: when a tool wants an approval, or a node calls
 `approve` or `ask`. Try one in another terminal:
 
-    agentops run review "Write a short welcome note." """
+    agentops run assistant "Make a note: tea at four." """
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Asked:
     given: str
 
 
-class InboxScreen(Base):
+class InboxScreen(ListScreen[Asked]):
     """The questions, oldest first, and the one under the cursor in full."""
 
     where = "inbox"
@@ -65,13 +64,6 @@ class InboxScreen(Base):
         with Container(id="halves"):
             yield Table(columns, id="table")
             yield Detail(id="detail")
-
-    def on_mount(self) -> None:
-        self._table.focus()
-
-    @property
-    def _table(self) -> Table[Asked]:
-        return cast("Table[Asked]", self.query_one("#table", Table))
 
     def read(self, *, calm: bool = False) -> None:
         self.ask("list", _waiting, self._show, calm=calm)
@@ -112,9 +104,6 @@ class InboxScreen(Base):
                 if asked.schema is not None:
                     parts.append(Part("it must fit", as_text(asked.schema), "dim", block=True))
         self.query_one("#detail", Detail).show_parts(parts)
-
-    def on_lines_chosen(self, message: Lines.Chosen) -> None:
-        self.action_open()
 
     def action_open(self) -> None:
         if (one := self._table.row) is not None:
@@ -222,6 +211,8 @@ def _waiting(pages: Pages) -> tuple[list[Asked], int]:
             pending: tuple[Interrupt | None, ...] = pages.pending(run) or (None,)
         except AgentOpsError:
             pending = (None,)
-        given = as_text(content(pages, run.input_hash)) if run.input_hash else ""
-        found += [Asked(run, one, given) for one in pending]
+        given = content(pages, run.input_hash) if run.input_hash else ""
+        if isinstance(given, dict) and len(given) == 1 and isinstance(only := next(iter(given.values())), str):
+            given = only
+        found += [Asked(run, one, as_text(given)) for one in pending]
     return found, max(0, pages.statuses().get("waiting", 0) - len(runs))

@@ -100,7 +100,7 @@ class RunScreen(Base):
         mark, _ = INKS.get(run.status, ("?", ""))
         took = self.terminal.now_ns() - run.started_ns if run.status == "running" else run.duration_ns
         spans = len(self._trace.outline.spans)
-        tokens = f"{count(run.input_tokens)} in, {count(run.cached_tokens)} of them cached, {count(run.output_tokens)} out"
+        tokens = f"{count(run.input_tokens)} in ({count(run.cached_tokens)} cached), {count(run.output_tokens)} out"
         first = f"{mark} {run.status} · {short_name(flatten(run.graph))} · {run.id} · thread {run.thread_id}"
         second = f"{moment(run.started_ns)} · took {duration(took)} · {spans:,} spans · {tokens}"
         text = Text(flatten(first), style="bold", no_wrap=True, overflow="ellipsis")

@@ -16,9 +16,9 @@ from agentops.store.pages import SORTS, Pages, RunFilter, RunLine, Sort
 from agentops.text import count, duration, moment, short_name
 from tui.actions import bindings
 from tui.query import HELP, LONGEST, parse
-from tui.screens.base import Base
+from tui.screens.base import ListScreen
 from tui.text import flatten
-from tui.widgets.lines import Lines, Piece
+from tui.widgets.lines import Piece
 from tui.widgets.table import Column, Table
 
 _FIRST = 300
@@ -35,7 +35,7 @@ NOTHING = """No runs yet.
 
 Start one in another terminal, and it appears here while it works:
 
-    agentops run rag "a question"
+    agentops run assistant "What is 17 * 23?"
 
 To see everything at once, with a model, documents and a trace:
 
@@ -64,7 +64,7 @@ class _Seen:
         return sum(self.counts.values())
 
 
-class RunsScreen(Base):
+class RunsScreen(ListScreen[RunLine]):
     """The list of runs."""
 
     where = "runs"
@@ -96,11 +96,6 @@ class RunsScreen(Base):
         self._asked_for: object = None
         self._shown_for: object = None
         self.query_one("#filter").display = False
-        self._table.focus()
-
-    @property
-    def _table(self) -> Table[RunLine]:
-        return cast("Table[RunLine]", self.query_one("#table", Table))
 
     def read(self, *, calm: bool = False) -> None:
         state = self.terminal.state
@@ -172,9 +167,6 @@ class RunsScreen(Base):
         state.descending = not state.descending if state.sort == message.sort else True
         state.sort = message.sort
         self.read()
-
-    def on_lines_chosen(self, message: Lines.Chosen) -> None:
-        self.action_open()
 
     def action_open(self) -> None:
         if (run := self._table.row) is not None:
