@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tui_app import drawn, opened, press, said, settle
 from tui_pty import terminal
-from tui_record import NOW, SECOND, Seeds, answered, small
+from tui_record import NOW, SECOND, Seeds, answered, many, small
 
 from agentops import Settings
 from agentops.errors import UsageError
@@ -304,3 +304,11 @@ def test_the_screens_load_no_engine() -> None:
     code = f"import sys, tui.app; print(sorted(set({heavy}) & {{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert done.stdout == "[]\n", done.stdout
+
+
+async def test_the_end_of_a_line_is_not_below_the_scrollbar(settings: Settings) -> None:
+    list(many(settings, 1, 60))
+    async with opened(settings, open_at="run/last", size=(80, 24)) as (app, _):
+        trace = app.screen.query_one(Trace)
+        assert trace.show_vertical_scrollbar
+        assert drawn(app).splitlines()[3][:79].endswith("1000 ms")

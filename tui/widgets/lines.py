@@ -110,8 +110,13 @@ class Lines(ScrollView, can_focus=True):
             self._inks[names] = found
         return found
 
+    @property
+    def line_width(self) -> int:
+        """Cells of a line; the scrollbar stands beside it."""
+        return self.size.width - int(self.show_vertical_scrollbar)
+
     def render_line(self, y: int) -> Strip:
-        width = self.size.width
+        width = self.line_width
         if y < self.head_lines:
             return self._strip(self.head(y, width), width, "head")
         index = self.scroll_offset.y + y - self.head_lines

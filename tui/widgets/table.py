@@ -182,7 +182,7 @@ class Table(Lines, Generic[R]):
         if event.y >= self.head_lines:
             return
         at = 2
-        for column, cells in self._layout(self.size.width):
+        for column, cells in self._layout(self.line_width):
             if at <= event.x < at + cells + 2 and column.sort:
                 self.post_message(self.HeadClicked(self, column.sort))  # type: ignore[arg-type]
             at += cells + 2
