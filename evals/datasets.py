@@ -59,7 +59,7 @@ _FORMS = {
 }
 
 
-_UNSEEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
+_UNSEEN = re.compile("[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
 
 class DatasetError(UsageError):
@@ -255,8 +255,6 @@ def _jsonl(file: io.BufferedReader, name: str) -> Generator[tuple[int, Mapping[s
             raise DatasetError(f"{where} is no JSON: {error}", hint=hint) from None
         if not isinstance(row, dict):
             raise DatasetError(f"{where} is {_kind(row)}, not an object", hint='each line is an object: {"question": "..."}')
-        if not is_text(row):
-            raise DatasetError(f"{where} has half of a surrogate pair", hint="write the whole character, or leave it out")
         yield number, row
 
 
@@ -333,6 +331,8 @@ def _dataset(name: str, rows: Iterable[tuple[int, Mapping[str, Any]]]) -> Datase
     ignored: Counter[str] = Counter()
     for number, row in rows:
         where = f"{name}, line {number}"
+        if not is_text(row):
+            raise DatasetError(f"{where} has half of a surrogate pair", hint="write the whole character, or leave it out")
         known = _known(row, where)
         ignored.update(str(column) for column in row if ALIASES.get(column, column) not in COLUMNS)
         known.pop("turn", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -111,9 +112,14 @@ def from_runs(
     if output is None:
         print(text, end="")
     else:
+        # What could not be written whole is not there.
+        partial = output.with_name(f".{output.name}.partial")
         try:
-            output.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(output)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise UsageError(f"{output} cannot be written: {error.strerror}", hint="name another file") from None
     print(f"{len(dataset.cases)} cases, hash {dataset.hash}" + (f", in {output}" if output else ""), file=sys.stderr)
 

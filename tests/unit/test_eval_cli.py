@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -225,7 +226,7 @@ def test_people_say_what_they_think_of_runs_and_spans(cli: Cli, settings: Settin
     assert cli("score", "sp_none", "--up").code == 1
 
 
-def test_a_dataset_is_checked_and_made_from_runs(cli: Cli) -> None:
+def test_a_dataset_is_checked_and_made_from_runs(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = cli("dataset", "check", "cases.jsonl")
     assert checked.code == 0
     assert "6 cases, hash b2:" in checked.out
@@ -242,6 +243,15 @@ def test_a_dataset_is_checked_and_made_from_runs(cli: Cli) -> None:
     assert sorted((row["question"], row["answer"]) for row in rows) == [(f"Word {n}", f"word {n}") for n in range(6)]
     assert cli("dataset", "check", "made.jsonl").code == 0
     assert cli("dataset", "from-runs", "--since", "1h", "--output", "made.jsonl").code == 2
+    with monkeypatch.context() as patched:
+
+        def full(file: Path, target: Path) -> Path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patched.setattr(Path, "replace", full)
+        refused = cli("dataset", "from-runs", "--since", "1h", "--output", "never.jsonl")
+    assert (refused.code, "never.jsonl cannot be written: No space left" in refused.err) == (2, True)
+    assert not list(Path().glob("*never*")) + list(Path().glob(".*never*")), "nothing half is left"
     below = cli("dataset", "from-runs", "--worse-than", "exact=.5")
     assert len(below.out.splitlines()) == 6
     assert "answer" not in json.loads(below.out.splitlines()[0])

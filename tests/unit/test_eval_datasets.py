@@ -174,6 +174,22 @@ def test_a_cell_of_ten_megabytes_is_refused_and_one_below_the_limit_is_read(tmp_
     assert csv.field_size_limit() == 131_072
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "a \ud83d"},
+        {"question": "a", "thread": "\ud83d"},
+        {"question": "a", "contexts": ["\ud83d"]},
+        {"input": {"\ud83d": 1}},
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_with_its_line(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(DatasetError, match="d, line 2 has half of a surrogate pair"):
+        dataset_of("d", [{"question": "fine"}, row])
+    refused(tmp_path, '{"question": "fine"}\n' + json.dumps(row), "line 2 has half of a surrogate pair")
+    refused(tmp_path, 'question,contexts\na,"[""\\ud83d""]"\n', "line 2 has half of a surrogate pair", "cases.csv")
+
+
 def test_columns_that_are_not_used_are_named_and_counted(tmp_path: Path) -> None:
     found = load_dataset(put(tmp_path, '{"question": "a?", "difficulty": 3}\n{"question": "b?", "answer": "b"}'))
     assert found.notes == ('column "difficulty" is not used (1 cases)',)
