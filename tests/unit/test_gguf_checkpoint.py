@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import regex
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -195,7 +195,8 @@ class Reference:
         return all(self.letters[byte] in self.vocabulary for byte in text.encode())
 
     def merge(self, word: str) -> list[str]:
-        pieces = [self.letters[byte] for byte in word.encode()]
+        # A byte that the vocabulary does not have is gone before its neighbours are merged.
+        pieces = [letter for letter in (self.letters[byte] for byte in word.encode()) if letter in self.vocabulary]
         while len(pieces) > 1:
             rank, at = min((self.ranks.get(pair, 1 << 30), index) for index, pair in enumerate(pairwise(pieces)))
             if rank == 1 << 30:
@@ -211,9 +212,12 @@ def pair(model_folder: Path) -> tuple[Tokenizer, Reference]:
 
 @pytest.mark.model
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60))
+@example(text="\x82\U00079000")
 @settings(max_examples=300, deadline=None)
 def test_the_default_models_tokens_are_the_references(pair: tuple[Tokenizer, Reference], text: str) -> None:
     tokenizer, reference = pair
+    # Hypothesis also tries strings that stand in the project's code, the names of special tokens among them.
+    assume(not any(token.content in text for token in tokenizer.get_added_tokens_decoder().values()))
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert ids == reference.encode(text)
     if reference.knows(text):
