@@ -16,7 +16,9 @@ from evals.report.model import Report
 
 MOST_UNSCORED = 0.05
 """Share of the cases a metric was asked about that may have no score: the mean of the others says little where more are missing.
-A case without the reference that the metric needs does not count, since it could not be asked."""
+A case that gives the metric nothing to score does not count."""
+NOTHING_TO_SCORE = frozenset({NO_REFERENCE, "no claims", "no citations"})
+"""Reasons that say so: a refusal claims and cites nothing, and is often right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def _failure(report: Report, bar: Bar) -> str:
     if value is None:
         why = ", ".join(f"{one_line(reason, 80)}: {number}" for reason, number in found.unscored.items())
         return f"{name} has no score in {found.asked} {'case' if found.asked == 1 else 'cases'} ({why})"
-    missing = {reason: number for reason, number in found.unscored.items() if reason != NO_REFERENCE}
+    missing = {reason: number for reason, number in found.unscored.items() if reason not in NOTHING_TO_SCORE}
     asked = found.scored + sum(missing.values())
     if sum(missing.values()) > MOST_UNSCORED * asked:
         why = ", ".join(f"{one_line(reason, 80)}: {number}" for reason, number in missing.items())

@@ -359,6 +359,7 @@ def test_a_bar_fails_where_more_than_one_in_twenty_have_no_score() -> None:
     assert failures(of(94, timeout=6), bars) != ()
     assert failures(of(95, timeout=5), bars) == ()
     assert failures(of(19, no_reference=981, timeout=1), bars) == (), "what could not be asked does not count"
+    assert failures(of(19, **{"no claims": 9, "no citations": 9}), bars) == (), "nor do refusals"
     (line,) = failures(of(18, no_reference=81, timeout=1), bars)
     assert line.startswith("m was scored in 18 of 19 cases (timeout: 1)")
 
