@@ -469,7 +469,8 @@ def test_three_cases_with_the_real_model(cli: Cli, settings: Settings, model_fol
     )
     for one in metrics.values():
         assert len(one["values"]) + sum(one["unscored"].values()) == one["asked"] == 3
-    assert metrics["faithfulness"]["judged"] == {"computed": 3}
+    assert metrics["faithfulness"]["judged"] == {"computed": 2}
+    assert metrics["faithfulness"]["unscored"] == {"no claims": 1}, "a refusal is right here, and claims nothing"
     assert metrics["context_recall"]["unscored"] == {"no_reference": 1}
     assert metrics["citations_resolve"]["interval"]["value"] == 1
 
