@@ -38,11 +38,10 @@ from agentops.settings import Settings
 
 S = TypeVar("S", bound=BaseCheckpointSaver[Any])
 _THREAD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_PRIVATE = ("__", "branch:")
-"""How channels begin that LangGraph has made for itself."""
 
 Told = Callable[[str, int, str, Any], None]
-"""Called with the names of the subgraphs around a graph, its step, where the state is from (input, loop, ...), and its values."""
+"""Called with the names of the subgraphs around a graph, its step, where the state is from (input, loop, ...), and the values of
+its channels."""
 
 
 def checkpoint_folder(settings: Settings) -> Path:
@@ -129,8 +128,7 @@ def telling(saver: S, told: Told) -> S:
         saved = await saver.aput(config, checkpoint, metadata, new_versions)
         namespace = str(config.get("configurable", {}).get("checkpoint_ns", ""))
         graph = "/".join(level.partition(":")[0] for level in namespace.split("|") if level)
-        values = {key: value for key, value in checkpoint["channel_values"].items() if not key.startswith(_PRIVATE)}
-        told(graph, metadata.get("step", 0), metadata.get("source", "loop"), values)
+        told(graph, metadata.get("step", 0), metadata.get("source", "loop"), checkpoint["channel_values"])
         return saved
 
     twin.aput = aput

@@ -71,6 +71,11 @@ def to_plain(value: Any) -> Any:
     return _Plainer(sys.maxsize, cut=False).plain(value, 0)
 
 
+def public(channels: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a graph's channels, without those that LangGraph has made for itself."""
+    return {name: value for name, value in channels.items() if not name.startswith(("__", "branch:"))}
+
+
 def state_hash(value: Any) -> str:
     """The hash of a value's whole JSON, whatever its size, with the keys of mappings in order."""
     return content_hash(json.dumps(to_plain(value), sort_keys=True, ensure_ascii=True))

@@ -9,9 +9,8 @@ from typing import Any
 from langgraph.cache.base import BaseCache
 from langgraph.store.base import BaseStore, GetOp, Item, ListNamespacesOp, Op, PutOp, Result, SearchOp
 
+from agentops.tracer.payload import public
 from agentops.tracer.trace import RunTrace, Span
-
-_PRIVATE = ("__", "branch:")
 
 
 class TracedStore(BaseStore):
@@ -99,7 +98,11 @@ def _item(item: Item) -> dict[str, Any]:
 
 
 def traced_cache(cache: BaseCache[Any], run: RunTrace) -> BaseCache[Any]:
-    """The same cache, over the same entries; a node that it answers for is recorded as a span with `cached`."""
+    """The same cache, over the same entries; a node that it answers for is recorded as a span with `cached`.
+
+    The runtime asks for nodes by `aget` alone. A subgraph does not take over the cache of the graph around it, and what one of
+    its own answers is not seen here.
+    """
     twin: Any = copy.copy(cache)
 
     async def aget(keys: Sequence[Any]) -> dict[Any, Any]:
@@ -107,8 +110,7 @@ def traced_cache(cache: BaseCache[Any], run: RunTrace) -> BaseCache[Any]:
         for (namespace, _), writes in found.items():
             name = str(namespace[-1]).rpartition(".")[2]
             opened = run.open("node", name, parent=run.place()[1], attributes={"cached": True}, node=name, step=run.step)
-            values = {channel: value for channel, value in writes if not channel.startswith(_PRIVATE)}
-            run.close(opened, output=values)
+            run.close(opened, output=public(dict(writes)))
         return found
 
     twin.aget = aget

@@ -175,8 +175,12 @@ class Taps(GraphCallbackHandler):
         if closing is None:
             return
         if isinstance(error, NodeTimeoutError):
-            for namespace in [key for key, cut in self._cut.items() if cut.row["node"] == error.node]:
-                run.amend(self._cut.pop(namespace), error)
+            # Told to the node's graph, then to those around it. The first that was cut is meant; siblings were cancelled for it.
+            inside = (
+                key for key, cut in self._cut.items() if (cut.row["node"], cut.row["parent_id"]) == (error.node, closing.id)
+            )
+            if (first := next(inside, None)) is not None:
+                run.amend(self._cut.pop(first), error)
         if passed is None:
             run.close(closing, output=output, error=error)
             if isinstance(error, asyncio.CancelledError) and closing.row["kind"] == "node":

@@ -33,7 +33,7 @@ from agentops.records import (
 )
 from agentops.tracer.journal import Event
 from agentops.tracer.meter import Meter
-from agentops.tracer.payload import state_hash
+from agentops.tracer.payload import public, state_hash
 
 if TYPE_CHECKING:
     from agentops.tracer.recorder import Tracer
@@ -202,7 +202,8 @@ class RunTrace:
         self._emitted = 0
         self._faults = 0
         self._states = 0
-        self._step = 0
+        self.step = 0
+        """The superstep of the outermost graph that is going on, as far as its checkpoints have told."""
         self._full: JournalFull | None = None
         self._root: Span | None = None
         self.foreign: Callable[[str, str], None] = lambda kind, name: None
@@ -338,11 +339,6 @@ class RunTrace:
             return found[0], found[1], {}
         return self, self.root_id, {"orphan": True}
 
-    @property
-    def step(self) -> int:
-        """The superstep of the outermost graph that is going on, as far as its checkpoints have told."""
-        return self._step
-
     def parent(self, under: UUID | None) -> str:
         """The span in which something under a LangChain run belongs; our own innermost span there comes first."""
         own = _own.get()
@@ -399,8 +395,9 @@ class RunTrace:
             if (noting := self._open.get(span_id)) is not None:
                 noting.row.setdefault("attributes", {}).setdefault("noted", {}).setdefault(kind, []).append(value)
 
-    def state(self, graph: str, step: int, source: str, values: Any) -> None:
-        """Writes what the state is after a superstep, by its hash. `graph` names the subgraphs around it, with slashes between.
+    def state(self, graph: str, step: int, source: str, values: Mapping[str, Any]) -> None:
+        """Writes what the state is after a superstep, by its hash. `graph` names the subgraphs around it, with slashes between;
+        `values` are those of all channels.
 
         Raises:
             JournalFull
@@ -408,9 +405,9 @@ class RunTrace:
         with self._lock:
             self._states = place = self._states + 1
             if not graph:
-                self._step = step + 1
+                self.step = step + 1
         about = {"run_id": self.run_id, "root_id": self.root_id, "place": place, "graph": graph, "step": step, "source": source}
-        self._write([{"t": "checkpoint", **about, "hash": state_hash(values), "ns": self.tracer.clock.now_ns()}])
+        self._write([{"t": "checkpoint", **about, "hash": state_hash(public(values)), "ns": self.tracer.clock.now_ns()}])
 
     def forget(self, langchain: UUID) -> None:
         self._langchain.pop(langchain, None)

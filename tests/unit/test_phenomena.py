@@ -187,6 +187,26 @@ def _() -> Any:
     return builder.add_edge(START, "a").compile()
 
 
+@phenomenon(
+    "a time limit beside nodes of the same name",
+    "node left 1 error ( agent left error ( node b 1 error ) )"
+    " | node right 1 cancelled ( agent right cancelled ( node b 1 cancelled ) )",
+    fails=True,
+)
+def _() -> Any:
+    limited: Any = StateGraph(State).add_node("b", slow, timeout=TimeoutPolicy(run_timeout=0.2)).add_edge(START, "b")
+    return flow(left=limited.compile(), right=flow(b=slow).compile()).compile()
+
+
+@phenomenon(
+    "a time limit of one of many packets", "node a 1 → b x 2 | node b 2 packet 0 error | node b 2 packet 1 cancelled", fails=True
+)
+def _() -> Any:
+    builder: Any = StateGraph(State).add_node("a", asays).add_edge(START, "a")
+    builder.add_node("b", slow, timeout=TimeoutPolicy(run_timeout=0.2))
+    return builder.add_conditional_edges("a", lambda state: [Send("b", {}), Send("b", {})], ["b"]).compile()
+
+
 @phenomenon("an error handler of a node", "node a 1 error | node a (error handler) 1 | node b 2")
 def _() -> Any:
     builder: Any = StateGraph(State).add_node("a", fails, error_handler=lambda state: Command(goto="b", update={"x": ["mended"]}))
