@@ -115,8 +115,18 @@ class Recording:
                 if not self.rest:
                     break
                 await asyncio.sleep(0.01)
-            raise self.told(RecordEnded(f"the record of {found.name} has no end: {found.status}"))
+            raise self.ended(found)
         return found
+
+    def take_now(self, kind: str, name: str, given: Any, about: Mapping[str, Any]) -> SpanRow:
+        """As `take`, for calls that cannot wait for what happens beside them."""
+        found = self.find(kind, name, given, about)
+        if _endless(found):
+            raise self.ended(found)
+        return found
+
+    def ended(self, span: SpanRow) -> RecordEnded:
+        return self.told(RecordEnded(f"the record of {span.name} has no end: {span.status}"))
 
     def find(self, kind: str, name: str, given: Any, about: Mapping[str, Any]) -> SpanRow:
         plain, about = to_plain(given), to_plain(about)
@@ -257,9 +267,7 @@ class ReplayedEmbedder:
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         import numpy as np
 
-        span = self._recording.find("embedding", "embed", list(texts), {})
-        if _endless(span):
-            raise self._recording.told(RecordEnded("the record of an embedding has no end"))
+        span = self._recording.take_now("embedding", "embed", list(texts), {})
         if span.status == "error":
             raise _raised(span)
         vectors = [base64.b64decode(self._recording.content(one)) for one in self._recording.content(span.output_hash)]
@@ -305,7 +313,7 @@ class ReplayedStore(BaseStore):
         self._recording = recording
 
     def batch(self, ops: Iterable[Op]) -> list[Result]:
-        return [self._result(op, self._recording.find("memory", *told(op), {})) for op in ops]
+        return [self._result(op, self._recording.take_now("memory", *told(op), {})) for op in ops]
 
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
         return [self._result(op, await self._recording.take("memory", *told(op), {})) for op in ops]

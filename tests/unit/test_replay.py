@@ -30,7 +30,7 @@ from langgraph.types import CachePolicy
 from tea import TEXTS
 
 from agentops import Context, Document, Runtime, ScriptedEngine, Settings, load_settings
-from agentops.errors import EngineOverloaded, RecordError, RetrievalError, UsageError
+from agentops.errors import EngineOverloaded, NodeFailed, RecordError, RetrievalError, UsageError
 from agentops.graph import adopt_graph
 from agentops.prompts import Prompt, PromptLibrary
 from agentops.records import Decision, Message, Query, RunResult, ScoreRequest, content_hash
@@ -520,6 +520,22 @@ def test_a_graphs_store_is_not_asked_again(runtime: Runtime, settings: Settings)
     kept = store.get(("people", "u1"), "visits")
     assert kept is not None
     assert kept.value == {"count": 2}
+
+
+def test_a_store_that_was_never_heard_from_again_is_not_answered_for(runtime: Runtime, settings: Settings) -> None:
+    class Dies(InMemoryStore):
+        def batch(self, ops: Any) -> Any:
+            raise KeyboardInterrupt
+
+    def remember(state: State, runtime: Node[Context]) -> State:
+        assert runtime.store is not None
+        return {"said": str(runtime.store.search(("people",)))}
+
+    graph = StateGraph(State, context_schema=Context).add_node("remember", remember).add_edge(START, "remember")
+    with pytest.raises(NodeFailed):
+        runtime.run(graph.compile(store=Dies()), {}, thread="t")
+    (found,) = replay(settings, thread="t", graph=graph.compile(store=InMemoryStore()))
+    assert (found.same, found.ended_early) == (True, "the record of search has no end: cancelled")
 
 
 def test_a_node_that_was_answered_from_the_cache_is_so_again(runtime: Runtime, settings: Settings) -> None:
