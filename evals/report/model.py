@@ -124,12 +124,12 @@ class Arm:
         return next((one for one in self.metrics if one.name == name), None)
 
     def worst(self, name: str, limit: int) -> tuple[Case, ...]:
-        """The worst scored cases of a metric, the worst first, of equals the first first."""
+        """The worst scored cases of a metric, the worst first, of equals the first first; none that cannot be better."""
         found = self.metric(name)
         if found is None:
             return ()
-        sign = -1.0 if found.scale.better == "low" else 1.0
-        scored = [case for case in self.cases if case.id in found.values]
+        sign, best = (-1.0, found.scale.low) if found.scale.better == "low" else (1.0, found.scale.high)
+        scored = [case for case in self.cases if found.values.get(case.id, best) != best]
         return tuple(sorted(scored, key=lambda case: sign * found.values[case.id])[:limit])
 
 

@@ -172,6 +172,8 @@ def _worst(arm: Arm, limit: int, wide: bool) -> Iterator[RenderableType]:
     asked = wide or not named_cases
     heads = (*(("case",) if named_cases else ()), "run", *(("question",) if asked else ()))
     table = _table("worst of", "", *heads, right=(1,))
+    # An id is to be copied.
+    table.columns[2 + named_cases].no_wrap = True
     for metric in arm.metrics:
         for place, case in enumerate(arm.worst(metric.name, limit)):
             table.add_row(
