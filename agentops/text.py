@@ -48,11 +48,12 @@ def duration(ns: int | None) -> str:
     if ns is None:
         return "-"
     seconds = ns / 1e9
-    if seconds < 0.01:
+    # Each limit is where the next unit's rounding begins: 999.6 ms would read 1000 ms.
+    if seconds < 0.00995:
         return f"{seconds * 1000:.1f} ms"
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
-    if seconds < 60:
+    if seconds < 59.995:
         return f"{seconds:.2f} s"
     minutes = round(seconds) // 60
     return f"{minutes} m {round(seconds) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"

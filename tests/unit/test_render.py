@@ -51,6 +51,7 @@ def test_no_control_character_survives(text: str) -> None:
 
 
 def test_numbers_for_people() -> None:
+    assert [duration(ns) for ns in (9_960_000, 999_600_000, 59_996_000_000)] == ["10 ms", "1.00 s", "1 m 00 s"]
     assert [duration(ns) for ns in (None, 400_000, 340_000_000, 1_240_000_000, 125_000_000_000, 11_220_000_000_000)] == [
         "-",
         "0.4 ms",
