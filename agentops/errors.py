@@ -36,6 +36,7 @@
     │   ├── StoreBroken
     │   └── JournalFull               the disk takes no more; the run stopped at a step boundary
     ├── ThreadBusy                    another process runs this thread
+    ├── RunDrained                    exit code 143: its process was told to end, it goes on when it is resumed
     └── RunCancelled                  exit code 130
 
 The command line prints these without a traceback; any other exception is a defect of ours.
@@ -233,6 +234,16 @@ class JournalFull(RecordError):
 
 class ThreadBusy(AgentOpsError):
     """Another run, maybe in another process, is active on this thread."""
+
+
+class RunDrained(AgentOpsError):
+    """The run stopped at a step boundary because its process was told to end (SIGTERM). `run_id` names it."""
+
+    exit_code = 143
+
+    def __init__(self, message: str, *, run_id: str, hint: str = "") -> None:
+        super().__init__(message, hint=hint or f"go on with: agentops resume {run_id}")
+        self.run_id = run_id
 
 
 class RunCancelled(AgentOpsError):

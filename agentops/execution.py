@@ -14,15 +14,16 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from langgraph.errors import GraphRecursionError
+from langgraph.errors import GraphDrained, GraphRecursionError
+from langgraph.runtime import RunControl
 from langgraph.types import Command, StateSnapshot
 
 from agentops import people
 from agentops.checkpoint import Told, open_checkpointer, telling
 from agentops.clock import Clock
-from agentops.errors import AgentOpsError, BudgetSpent, JournalFull, NodeFailed, RecordError
+from agentops.errors import AgentOpsError, BudgetSpent, JournalFull, NodeFailed, RecordError, RunDrained
 from agentops.graph import Context, LoadedGraph
 from agentops.records import Interrupt, RunResult, RunStatus
 from agentops.settings import Settings
@@ -32,6 +33,10 @@ from agentops.tracer.stores import TracedStore, traced_cache
 Standing = Literal["unborn", "open", "over", "passed"]
 """Where a run stands in its thread. unborn: it has no checkpoint, its input was never taken.  open: the thread's newest
 checkpoint is its own, and something is left to do.  over: the same, and nothing is left.  passed: another run went on."""
+
+DURABILITY: Literal["sync", "async", "exit"] = "sync"
+"""What LangGraph waits for before a step begins: the checkpoint of the one before. With the other two a caller has seen steps
+that are gone when the process dies."""
 
 Outcome = tuple[RunResult, Exception | None]
 """How a run ended, and the error to raise where it failed."""
@@ -63,9 +68,10 @@ async def execute(
     context: Context | None,
     at: Standing,
     meter: Meter,
+    control: RunControl,
 ) -> Outcome:
     """Runs the graph and writes how it ended. A run that is `at` "open" goes on from its checkpoint, one that is "over" is
-    only closed. Where its budget is spent, what was reached is its output.
+    only closed. Where its budget is spent, what was reached is its output; so where `control` has it stop at a step boundary.
 
     Raises:
         asyncio.CancelledError: the run is on record as cancelled.
@@ -93,10 +99,13 @@ async def execute(
             instead = {name: prompt.template for name, prompt in graph.prompts.instead.items()}
             prompts = {"prompts": trace.keep(instead)} if instead else {}
             trace.describe(budget=asdict(meter.budget), **model, **prompts)
-            await _invoke(graph, input, trace, settings, equipped, at, meter, reached)
+            await _invoke(graph, input, trace, settings, equipped, at, meter, control, reached)
     except asyncio.CancelledError as error:
         trace.end("cancelled", error=error)
         raise
+    except GraphDrained:
+        result, cause = ended("queued", reached.values)
+        return result, cause or RunDrained(f"run {trace.run_id} was drained, it stopped at a step boundary", run_id=trace.run_id)
     except AgentOpsError as error:
         return ended("failed", reached.values, error=error)
     except (Exception, SystemExit, KeyboardInterrupt) as error:
@@ -147,6 +156,7 @@ async def _invoke(
     context: Context | None,
     at: Standing,
     meter: Meter,
+    control: RunControl,
     reached: _Reached,
 ) -> None:
     config: Any = {
@@ -163,9 +173,10 @@ async def _invoke(
         if at == "open" and not isinstance(input, Command):
             input = None  # noqa: A001 - the checkpoint holds the state; what is on record of the input is text
         spent: str | None = None
+        how: Any = {"context": context, "control": control, "durability": DURABILITY}
         try:
             async with asyncio.timeout(meter.budget.seconds) as limit:
-                output = await compiled.ainvoke(input, config, context=cast(Any, context), durability="sync")
+                output = await compiled.ainvoke(input, config, **how)
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -177,8 +188,8 @@ async def _invoke(
             if (await compiled.aget_state(config)).next:
                 spent = "steps"
             else:
-                output = await compiled.ainvoke(None, config, context=cast(Any, context), durability="sync")
-        except BudgetSpent:
+                output = await compiled.ainvoke(None, config, **how)
+        except (BudgetSpent, GraphDrained):
             reached.values = (await compiled.aget_state(config)).values
             raise
         if limit.expired():

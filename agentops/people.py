@@ -7,10 +7,11 @@ This module neither starts nor resumes runs; the runtime does.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from agentops.errors import AnswerUnfit
+from agentops.errors import AnswerUnfit, UsageError
 from agentops.records import Decision, Interrupt, content_hash
 from agentops.schema import violation
 
@@ -137,3 +138,38 @@ def _unfit(asked: Interrupt, what: str, hint: str = "") -> AnswerUnfit:
         f"interrupt {asked.id} ({asked.question[:100]}): {what}",
         hint=hint or "it takes --approve, --edit FILE or --reject",
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a person said to a waiting run: one answer for its only interrupt, or several by the interrupts' ids."""
+
+    one: Any = None
+    by_id: Mapping[str, Any] | None = None
+
+    def fitted(self, asked: Sequence[Interrupt], run_id: str, *, waiting: bool) -> dict[str, Any]:
+        """What each answered interrupt is resumed with, by its id.
+
+        Raises:
+            AnswerUnfit, UsageError
+        """
+        open_ones = ", ".join(f"{one.id} ({one.question[:60]})" for one in asked) or "none"
+        given: dict[str, tuple[Interrupt, Any]] = {}
+        for key, answer in (self.by_id or {}).items():
+            found = [one for one in asked if one.id.startswith(key)] if key else []
+            if len(found) != 1:
+                why = "more than one interrupt begins with" if found else "nothing waits under"
+                raise AnswerUnfit(f"{why} '{key}' in run {run_id}; it may be answered already", hint=f"open: {open_ones}")
+            if found[0].id in given:
+                raise AnswerUnfit(f"interrupt {found[0].id} is answered twice", hint="give each one answer")
+            given[found[0].id] = found[0], answer
+        if self.one is not None:
+            if not asked:
+                raise AnswerUnfit(f"run {run_id} waits for no answer", hint=f"go on without: agentops resume {run_id}")
+            if len(asked) > 1:
+                raise AnswerUnfit(f"run {run_id} waits for {len(asked)} answers; say which is meant", hint=f"open: {open_ones}")
+            given[asked[0].id] = asked[0], self.one
+        if not given and waiting and any(one.kind != "pause" for one in asked):
+            raise UsageError(f"run {run_id} waits for an answer", hint=f"see what it asks: agentops inbox {run_id}")
+        made = {key: fitting(one, answer) for key, (one, answer) in given.items()}
+        return {key: answer for key, answer in made.items() if answer is not None}

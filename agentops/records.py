@@ -21,7 +21,8 @@ Policy = Literal["allow", "ask", "deny"]
 """What happens when a model calls a tool. allow: it runs.  ask: a person decides first.  deny: it never runs."""
 
 RunStatus = Literal["queued", "running", "waiting", "done", "failed", "cancelled", "crashed"]
-"""queued: not started.  running: a live process works on it.  waiting: for a person's answer.  done: it reached the end.
+"""queued: not started, or its process was told to end and it stopped at a step boundary; it goes on when it is resumed.
+running: a live process works on it.  waiting: for a person's answer.  done: it reached the end.
 failed: a node raised or a limit was met.  cancelled: its user stopped it.  crashed: its process died."""
 
 SpanKind = Literal["workflow", "agent", "node", "generation", "retrieval", "embedding", "rerank", "tool", "memory", "evaluator"]

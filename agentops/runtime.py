@@ -12,18 +12,21 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-from agentops import people
+from langgraph.runtime import RunControl
+
+from agentops import cancelling
 from agentops.checkpoint import check_thread_id, lease
 from agentops.clock import Clock, Ids, SystemClock, UlidSource
 from agentops.engine import Engine
-from agentops.errors import AnswerUnfit, InputTooLarge, RetrieverUnavailable, RunCancelled, ThreadBusy, UsageError
+from agentops.errors import InputTooLarge, RetrieverUnavailable, RunCancelled, ThreadBusy, UsageError
 from agentops.execution import Outcome, Standing, execute, pending, standing
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
 from agentops.parts import open_embedder, open_engine, open_index
+from agentops.people import Answers
 from agentops.records import Budget, Interrupt, RunEvent, RunResult, RunStarted, content_hash
 from agentops.retrieval import Embedder, Index, LenientRetriever, collection_not_found
 from agentops.settings import Settings, load_settings
@@ -85,7 +88,8 @@ class Runtime:
         self._engine = TracedEngine(engine) if engine else None
         self._index = index
         self._embedder = embedder
-        self._working: set[asyncio.Task[Outcome]] = set()
+        self._working: dict[asyncio.Task[Outcome], RunControl] = {}
+        self._draining = False
         self._closed = threading.Event()
 
     # -- parts, opened when first needed
@@ -167,7 +171,8 @@ class Runtime:
         Raises:
             NodeFailed: a node raised; the cause is chained. An `AgentOpsError` out of a node is raised as it is.
             BudgetSpent: it needed more; what was reached is on record, and it can be resumed.
-            RunCancelled: the runtime was closed meanwhile.
+            RunCancelled: it was, or the runtime was closed meanwhile.
+            RunDrained: the runtime was, and the run stopped at a step boundary; it can be resumed.
             ThreadBusy, GraphError, UsageError
         """
         return await self._finish(self._start(self._load(graph), input, thread, collection, budget))
@@ -195,7 +200,7 @@ class Runtime:
         graph: Any = None,
         budget: Budget | None = None,
     ) -> RunResult:
-        """Goes on with a run that crashed, failed, was cancelled or waits, from its last checkpoint.
+        """Goes on with a run that crashed, failed, was cancelled or drained, or waits, from its last checkpoint.
 
         `answer` is for the one interrupt of a waiting run, `answers` for several by their ids (or unique beginnings of them);
         those that are not answered go on waiting. An approval is answered with a `Decision`. `graph` is needed where the run
@@ -205,7 +210,7 @@ class Runtime:
             AnswerUnfit: an answer is not what was asked for, or nothing of that id waits; the run still waits.
             RunNotFound, UsageError: it is done, or waits for an answer that was not given.  ThreadBusy: it still runs.
         """
-        return await self._finish(self._again(run_id, _Answers(answer, answers), graph, budget))
+        return await self._finish(self._again(run_id, Answers(answer, answers), graph, budget))
 
     async def astream_resume(
         self,
@@ -217,7 +222,7 @@ class Runtime:
         budget: Budget | None = None,
     ) -> AsyncIterator[RunEvent]:
         """Like `aresume`, but yields what happens while it happens."""
-        async with contextlib.aclosing(self._again(run_id, _Answers(answer, answers), graph, budget)) as events:
+        async with contextlib.aclosing(self._again(run_id, Answers(answer, answers), graph, budget)) as events:
             async for event in events:
                 yield event
 
@@ -268,6 +273,24 @@ class Runtime:
     ) -> Generator[RunEvent, None, None]:
         """`astream_resume` for callers without an event loop."""
         return iterate_sync(self.astream_resume(run_id, answer=answer, answers=answers, graph=graph, budget=budget))
+
+    def cancel(self, run_id: str) -> str:
+        """Asks a run at work to stop, in whatever process of this machine it is; returns its id at once. It stops within a token
+        and is on record as cancelled; it can be resumed.
+
+        Raises:
+            RunNotFound: no run of that name is at work, or more than one.
+        """
+        return cancelling.cancel(self.settings, run_id)
+
+    def drain(self) -> bool:
+        """Asks every run of this runtime, and those that it is still given, to stop at their next step boundary; they are
+        `queued` then and go on when they are resumed. Returns whether any is at work. May be called from a signal's handler.
+        """
+        self._draining = True
+        for control in list(self._working.values()):
+            control.request_drain()
+        return bool(self._working)
 
     async def aclose(self) -> None:
         """Cancels what still runs and closes what the runtime opened, the record last. Closing twice is harmless."""
@@ -360,7 +383,7 @@ class Runtime:
         if collection not in known:
             raise collection_not_found(collection, known)
 
-    async def _again(self, run_id: str, answers: _Answers, graph: Any, budget: Budget | None) -> AsyncGenerator[RunEvent, None]:
+    async def _again(self, run_id: str, answers: Answers, graph: Any, budget: Budget | None) -> AsyncGenerator[RunEvent, None]:
         row = await asyncio.to_thread(self._resumable, run_id)
         if graph is None and row.graph.startswith("python:"):
             raise UsageError(
@@ -392,11 +415,11 @@ class Runtime:
         row = self._find(run_id)
         if row.status == "done":
             raise UsageError(f"run {row.id} is done; there is nothing to resume", hint=f"see it with: agentops show {row.id}")
-        if row.status in ("running", "queued"):
+        if row.status == "running":
             raise ThreadBusy(f"run {row.id} is still running", hint="stop it first, or wait for its end")
         return row
 
-    async def _taken_up(self, graph: LoadedGraph, run_id: str, answers: _Answers) -> tuple[Any, Any, Standing]:
+    async def _taken_up(self, graph: LoadedGraph, run_id: str, answers: Answers) -> tuple[Any, Any, Standing]:
         """What a resumed run is invoked with, what of that is put on record, and where it stands. Called under the lease,
         since only then is it sure."""
         row = await asyncio.to_thread(self._resumable, run_id)
@@ -466,11 +489,11 @@ class Runtime:
         budget = _sound(budget) if budget else Budget(**asdict(self.settings.budget))
         if collection is not None and graph.uses_context:
             await asyncio.to_thread(self._check_collection, collection)
-        resumed = isinstance(input, _Answers)
+        resumed = isinstance(input, Answers)
         with lease(self.settings, thread_id):
             at: Standing = "unborn"
             told = input
-            if isinstance(input, _Answers):
+            if isinstance(input, Answers):
                 input, told, at = await self._taken_up(graph, run_id, input)  # noqa: A001
             context = await asyncio.to_thread(self._context, graph, details) if graph.uses_context else None
             meter = Meter(budget, self._clock)
@@ -489,23 +512,37 @@ class Runtime:
             loop = asyncio.get_running_loop()
             queue: asyncio.Queue[RunEvent | None] = asyncio.Queue()
             trace.listen(lambda event: _hand_over(loop, queue, event))
+            control = RunControl()
             work = asyncio.create_task(
-                execute(graph, input, trace, settings=self.settings, clock=self._clock, context=context, at=at, meter=meter)
+                execute(
+                    graph,
+                    input,
+                    trace,
+                    settings=self.settings,
+                    clock=self._clock,
+                    context=context,
+                    at=at,
+                    meter=meter,
+                    control=control,
+                )
             )
-            self._working.add(work)
-            work.add_done_callback(self._working.discard)
+            self._working[work] = control
+            work.add_done_callback(lambda over: self._working.pop(over, None))
             work.add_done_callback(lambda _: queue.put_nowait(None))
-            try:
-                yield RunStarted(run_id, thread_id)
-                while (event := await queue.get()) is not None:
-                    yield event
-                if work.cancelled():
-                    raise RunCancelled(f"run {run_id} was cancelled", run_id=run_id)
-                result, cause = await work
-            except (asyncio.CancelledError, GeneratorExit):
-                work.cancel()
-                await asyncio.wait([work])
-                raise
+            if self._draining:
+                control.request_drain()
+            with cancelling.cancellable(self.settings, run_id, work.cancel):
+                try:
+                    yield RunStarted(run_id, thread_id)
+                    while (event := await queue.get()) is not None:
+                        yield event
+                    if work.cancelled():
+                        raise RunCancelled(f"run {run_id} was cancelled", run_id=run_id)
+                    result, cause = await work
+                except (asyncio.CancelledError, GeneratorExit):
+                    work.cancel()
+                    await asyncio.wait([work])
+                    raise
             yield result
             if cause is not None:
                 raise cause
@@ -533,41 +570,6 @@ class Runtime:
             clock=NotedClock(self._clock, self._effects),
             effects=self._effects,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Answers:
-    """What a person said to a waiting run: one answer for its only interrupt, or several by the interrupts' ids."""
-
-    one: Any = None
-    by_id: Mapping[str, Any] | None = None
-
-    def fitted(self, asked: Sequence[Interrupt], run_id: str, *, waiting: bool) -> dict[str, Any]:
-        """What each answered interrupt is resumed with, by its id.
-
-        Raises:
-            AnswerUnfit, UsageError
-        """
-        open_ones = ", ".join(f"{one.id} ({one.question[:60]})" for one in asked) or "none"
-        given: dict[str, tuple[Interrupt, Any]] = {}
-        for key, answer in (self.by_id or {}).items():
-            found = [one for one in asked if one.id.startswith(key)] if key else []
-            if len(found) != 1:
-                why = "more than one interrupt begins with" if found else "nothing waits under"
-                raise AnswerUnfit(f"{why} '{key}' in run {run_id}; it may be answered already", hint=f"open: {open_ones}")
-            if found[0].id in given:
-                raise AnswerUnfit(f"interrupt {found[0].id} is answered twice", hint="give each one answer")
-            given[found[0].id] = found[0], answer
-        if self.one is not None:
-            if not asked:
-                raise AnswerUnfit(f"run {run_id} waits for no answer", hint=f"go on without: agentops resume {run_id}")
-            if len(asked) > 1:
-                raise AnswerUnfit(f"run {run_id} waits for {len(asked)} answers; say which is meant", hint=f"open: {open_ones}")
-            given[asked[0].id] = asked[0], self.one
-        if not given and waiting and any(one.kind != "pause" for one in asked):
-            raise UsageError(f"run {run_id} waits for an answer", hint=f"see what it asks: agentops inbox {run_id}")
-        made = {key: people.fitting(one, answer) for key, (one, answer) in given.items()}
-        return {key: answer for key, answer in made.items() if answer is not None}
 
 
 def _within(context: Context, trace: RunTrace) -> Context:

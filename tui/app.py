@@ -14,6 +14,7 @@ from textual.app import App, SystemCommand
 from textual.binding import BindingType
 from textual.screen import Screen
 
+from agentops.cancelling import cancel
 from agentops.errors import AgentOpsError, UsageError
 from agentops.settings import Settings
 from agentops.store.pages import Pages, RunLine
@@ -28,7 +29,7 @@ from tui.screens.inbox import InboxScreen
 from tui.screens.run import RunScreen
 from tui.screens.runs import RunsScreen
 from tui.state import load_state, save_state
-from tui.verbs import Job, interrupt_process
+from tui.verbs import Job
 from tui.wire import Wire, thinned
 
 THEMES = ("textual-dark", "textual-light", "nord", "gruvbox", "tokyo-night", "solarized-light")
@@ -213,13 +214,13 @@ class TerminalApp(App[None]):
         self.push_screen(JobScreen(job))
 
     def cancel(self, run_id: str) -> None:
-        """Interrupts the process of a run, once that is confirmed."""
+        """Stops a run, once that is confirmed."""
 
         def look(run: RunLine | None) -> None:
             if run is None or run.status != "running":
                 self.tell(f"run {run_id} is {run.status if run else 'gone'}; there is nothing to stop")
                 return
-            question = f"Stop run {run.id}? Its process {run.pid} is interrupted as by Ctrl-C, with all that runs in it."
+            question = f"Stop run {run.id}? It can be resumed."
             self.push_screen(Confirm(question), lambda yes: self.reader.ask("cancel", now, stop) if yes else None)
 
         def now(pages: Pages) -> RunLine | None:
@@ -233,11 +234,11 @@ class TerminalApp(App[None]):
                 self.tell(f"run {run_id} is {run.status if run else 'gone'} by now; there is nothing to stop")
                 return
             try:
-                interrupt_process(self.settings, run)
+                cancel(self.settings, run.id)
             except AgentOpsError as error:
                 self.tell(f"{error} {error.hint}", "red")
             else:
-                self.tell(f"process {run.pid} was asked to stop")
+                self.tell(f"run {run.id} was asked to stop")
 
         if not self.read_only:
             self.reader.ask("cancel", now, look)

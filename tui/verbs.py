@@ -1,4 +1,4 @@
-"""How the screens act: they start the verbs of the command line as processes, or interrupt the process of a run.
+"""How the screens act: they start the verbs of the command line as processes.
 
 A process that was started goes on when the screens are closed: it has a session of its own, and writes to a file that nobody
 has to read.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agentops.errors import RecordError
 from agentops.settings import Settings
 from agentops.store.pages import RunLine
 
@@ -90,35 +88,6 @@ def answer_words(run_id: str) -> list[str]:
 def answers(interrupt_id: str, kind: str, content: Any) -> str:
     """What standard input is given: `content` is a decision as JSON knows it, or the answer to a question."""
     return json.dumps({interrupt_id: True if kind == "pause" else content})
-
-
-def interrupt_process(settings: Settings, run: RunLine) -> None:
-    """Interrupts the process that works on a run, as Ctrl-C in its terminal would.
-
-    The process must be the one that the run was started in, and the user's own: it holds the journal file that the run names.
-
-    Raises:
-        RecordError: it is not, has ended, or this system cannot tell.
-    """
-    if run.status != "running":
-        raise RecordError(f"run {run.id} is {run.status}; there is nothing to stop")
-    if not run.pid or not run.segment or not hasattr(os, "pidfd_open"):
-        raise RecordError(f"the process of run {run.id} cannot be told for certain", hint="press Ctrl-C in its terminal")
-    try:
-        handle = os.pidfd_open(run.pid)
-    except OSError as error:
-        raise RecordError(f"process {run.pid} of run {run.id} has ended") from error
-    try:
-        # From here on the handle names this process, whatever becomes of its number.
-        if not _works_on(settings, run):
-            raise RecordError(
-                f"process {run.pid} is not the one of run {run.id}, or not yours", hint="see: agentops runs --status running"
-            )
-        signal.pidfd_send_signal(handle, signal.SIGINT)
-    except OSError as error:
-        raise RecordError(f"process {run.pid} cannot be interrupted: {error}") from error
-    finally:
-        os.close(handle)
 
 
 def _holds(pid: int, file: Path) -> bool:

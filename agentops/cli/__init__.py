@@ -1,8 +1,8 @@
 """The command line: parses, delegates, and maps errors to exit codes. It holds no logic of its own.
 
-Exit codes: 0 done, 1 failed, 2 the call is off, 130 stopped by its user. Results go to standard output, progress and
-errors to standard error. Every module here offers `register(app)` and imports what is heavy inside its functions, so
-that `agentops --help` loads none of torch, langgraph, sqlmodel, textual or ragas.
+Exit codes: 0 done, 1 failed, 2 the call is off, 130 stopped by its user, 143 told to end and to be resumed. Results go to
+standard output, progress and errors to standard error. Every module here offers `register(app)` and imports what is heavy
+inside its functions, so that `agentops --help` loads none of torch, langgraph, sqlmodel, textual or ragas.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
         code, left_behind = error.exit_code, isinstance(error, BudgetSpent)
     except SystemExit as ending:
         code = ending.code
-    if left_behind or code == 130:
+    if left_behind or code in (130, 143):
         # A node that blocks its thread cannot be stopped; the interpreter would wait for it, and the run is over.
         sys.stdout.flush()
         sys.stderr.flush()

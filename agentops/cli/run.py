@@ -1,12 +1,14 @@
-"""`agentops run` and `resume`: starts graphs and shows them at work."""
+"""`agentops run`, `resume` and `cancel`: starts graphs, shows them at work, and stops them."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import signal
 import sys
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,9 +40,14 @@ Retriever = Annotated[str | None, typer.Option("--retriever", help="Where docume
 EsUrl = Annotated[str | None, typer.Option("--es-url", help="Address of the Elasticsearch server.")]
 
 
+_STOPPING_S = 10.0
+"""How long `cancel` waits for what it has stopped."""
+
+
 def register(app: typer.Typer) -> None:
     app.command("run")(run)
     app.command("resume")(resume)
+    app.command("cancel")(cancel)
 
 
 def run(
@@ -148,6 +155,27 @@ def resume(
         follow(events, quiet=quiet, as_json=as_json, files=runtime.settings.files)
 
 
+def cancel(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run at work, a unique beginning of it, or 'last'.")],
+    as_json: AsJson = False,
+) -> None:
+    """Stop a run at work in any process of this machine, within a token. It can be resumed."""
+    from agentops import cancelling
+    from agentops.settings import load_settings
+
+    settings = load_settings()
+    run_id = cancelling.cancel(settings, run_id)
+    deadline = time.monotonic() + _STOPPING_S
+    while (busy := cancelling.is_at_work(settings, run_id)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if as_json:
+        print(json.dumps({"run_id": run_id, "stopped": not busy}))
+    elif busy:
+        print(f"run {run_id} was asked to stop and has not yet; see: agentops show {run_id}")
+    else:
+        print(f"run {run_id} has stopped; go on with: agentops resume {run_id}")
+
+
 def _said(answer: str | None, *, approve: bool, edit: Path | None, reject: bool, reason: str) -> Any:
     """What a person says with the options of `resume`; None when nothing is said."""
     from agentops.records import Decision
@@ -213,9 +241,26 @@ def _runtime(flags: dict[str, Any], *, quiet: bool) -> Iterator[Any]:
         progress("start", 0, 0)
         from agentops.runtime import Runtime
 
-        with Runtime(settings, progress=progress) as runtime:
+        with Runtime(settings, progress=progress) as runtime, _draining(runtime.drain):
             progress("start", 1, 1)
             yield runtime
+
+
+@contextlib.contextmanager
+def _draining(drain: Callable[[], bool]) -> Iterator[None]:
+    """Told to end (SIGTERM), the process ends at the next step boundary of its run, at once where none is at work or when it is
+    told again."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if not drain():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def follow(

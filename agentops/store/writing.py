@@ -89,7 +89,7 @@ class StoreWriter:
                 update(spans).where(spans.c.status == "open", spans.c.segment.not_in(live)).values(status="crashed")
             )
             crashed = connection.execute(
-                update(runs).where(runs.c.status.in_(("queued", "running")), runs.c.segment.not_in(live)).values(status="crashed")
+                update(runs).where(runs.c.status == "running", runs.c.segment.not_in(live)).values(status="crashed")
             )
             experiments = table("experiment")
             connection.execute(

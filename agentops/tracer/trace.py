@@ -295,7 +295,7 @@ class RunTrace:
                     span.set(pending=row["pending_hash"])
                 self._finish(span, _SPAN_STATUS.get(status, "ok"), error)
             else:
-                self._finish(span, "interrupted" if status == "waiting" else "cancelled", None)
+                self._finish(span, "interrupted" if status in ("waiting", "queued") else "cancelled", None)
             events.append(span.row)
         row["ns"] = self.tracer.clock.now_ns()
         try:
@@ -592,6 +592,7 @@ _SPAN_STATUS: dict[RunStatus, SpanStatus] = {
     "failed": "error",
     "cancelled": "cancelled",
     "waiting": "interrupted",
+    "queued": "interrupted",
     "crashed": "crashed",
 }
 

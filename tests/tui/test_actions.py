@@ -361,22 +361,26 @@ async def test_read_only_has_no_acting_keys(record: Settings, started: list[Star
 
 
 WORKING = """
-import sys, time
+import asyncio
 from agentops import load_settings
+from agentops.cancelling import cancellable
 from agentops.clock import SystemClock, UlidSource
 from agentops.tracer import open_tracer
 clock = SystemClock()
-tracer = open_tracer(load_settings(), clock=clock, ids=UlidSource(clock))
+settings = load_settings()
+tracer = open_tracer(settings, clock=clock, ids=UlidSource(clock))
 run = tracer.start_run(run_id="run_live", thread_id="th_9", graph="slow")
-print("working", flush=True)
-try:
-    time.sleep(60)
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
+async def work():
+    stopped = asyncio.Event()
+    with cancellable(settings, "run_live", stopped.set):
+        print("working", flush=True)
+        await asyncio.wait_for(stopped.wait(), 60)
+        print("stopped", flush=True)
+asyncio.run(work())
 """
 
 
-async def test_cancel_interrupts_the_process_of_the_run_and_no_other(record: Settings, environment: dict[str, str]) -> None:
+async def test_cancel_stops_the_run_and_no_other(record: Settings, environment: dict[str, str]) -> None:
     environment = environment | {"AGENTOPS_PATHS_HOME": str(record.paths.home)}
     process = subprocess.Popen([sys.executable, "-c", WORKING], stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
@@ -398,20 +402,20 @@ async def test_cancel_interrupts_the_process_of_the_run_and_no_other(record: Set
             while "was asked to stop" not in said(app) and time.monotonic() - begun < 10:
                 await pilot.pause(0.05)
             assert "was asked to stop" in said(app)
-            assert process.stdout.readline() == "interrupted\n"
+            assert process.stdout.readline() == "stopped\n"
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
 
 
-async def test_a_process_that_is_not_that_of_the_run_is_left_alone(settings: Settings) -> None:
+async def test_a_run_that_is_not_at_work_on_this_machine_cannot_be_stopped(settings: Settings) -> None:
     seeds = Seeds()
     seeds.run("run_1", status="running", pid=os.getpid(), segment="j_other.seg", started_ns=NOW - SECOND)
     seeds.write(settings)
     async with opened(settings) as (app, pilot):
         await press(pilot, "c", "y")
-        assert "is not the one of run run_1" in said(app)
+        assert "no run called 'run_1' is at work on this machine" in said(app)
 
 
 LETTER = """

@@ -16,7 +16,6 @@ from tui_pty import terminal
 from tui_record import FORBIDDEN, HOSTILE_TEXT, NOW, SECOND, Seeds, small
 
 from agentops import Settings
-from agentops.store.pages import RunLine
 from agentops.text import clean
 from tui.screens.dialogs import Confirm, Write, restored
 from tui.screens.runs import RunsScreen
@@ -94,8 +93,8 @@ async def test_an_edit_sends_what_was_not_changed_as_it_was(settings: Settings, 
 async def test_a_run_that_ended_while_it_was_asked_about_is_not_interrupted(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped: list[RunLine] = []
-    monkeypatch.setattr("tui.app.interrupt_process", lambda settings, run: stopped.append(run))
+    stopped: list[str] = []
+    monkeypatch.setattr("tui.app.cancel", lambda settings, run: stopped.append(run))
     seeds = Seeds()
     about: dict[str, Any] = {"pid": os.getpid(), "segment": "j.seg", "started_ns": NOW - SECOND}
     seeds.run("run_1", status="running", **about)
