@@ -39,6 +39,7 @@ from agentops.records import (
 from agentops.retrieval import Embedder, Retriever
 from agentops.settings import ToolSettings
 from agentops.tracer import Effects, tagged
+from agentops.tracer.effects import repeats
 
 if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
@@ -53,7 +54,7 @@ class Context:
 
     `files` is the only folder to write in. `tools` are those of the MCP servers that the settings name, for a graph that
     puts them beside its own: `toolbox.joined(context.tools)`. A node that takes times from `clock`, random numbers from `random`
-    and ids from `new_id` is replayed exactly.
+    and ids from `new_id` is replayed exactly; one that names what it does outside by `idempotency_key` does it once.
     """
 
     engine: Engine
@@ -77,6 +78,13 @@ class Context:
     def new_id(self, prefix: str) -> str:
         """An id that no other call gives, the same when the run is replayed: `prefix_` and a ULID."""
         return self.effects.value("id", lambda: UlidSource().new(prefix))
+
+    def idempotency_key(self, *about: object) -> str:
+        """A name for something that this node is about to do outside: the same when the node runs again because its process died,
+        it failed or was resumed; another one for what another task, another thread or a fork does, and each time that a node asks
+        for one with the same `about` again. What has been done under a key need not be done again.
+        """
+        return self.effects.value("id", lambda: "key_" + _once(about))
 
     async def ask(
         self,
@@ -170,7 +178,7 @@ class Context:
             return await self.ask(prompt, max_tokens=max_tokens, schema=form, **values)
 
         arguments = await toolbox.write(tool, ask, max_tokens=max_tokens)
-        return ToolCall(tool, arguments, self.effects.value("id", lambda: _call_id(tool, arguments)))
+        return ToolCall(tool, arguments, self.effects.value("id", lambda: "call_" + _once([tool, arguments])))
 
     async def perform(self, toolbox: Toolbox, call: ToolCall) -> ToolResult:
         """Runs a call under the policy of the toolbox and the settings; never raises for what a tool does wrong. Where a
@@ -178,12 +186,13 @@ class Context:
         return await toolbox.perform(call, self.tool_settings, effects=self.effects)
 
 
-def _call_id(tool: str, arguments: Any) -> str:
-    """The task of the graph that makes a call is the same each time it runs; two calls of one task differ in what they ask."""
+def _once(about: Any) -> str:
+    """Names something that a task does. The task is the same each time it runs; equal deeds are told apart by their number."""
     from langgraph.config import get_config
 
-    task = str(get_config().get("configurable", {}).get("checkpoint_ns", ""))
-    return "call_" + content_hash(json.dumps([task, tool, arguments], sort_keys=True)).removeprefix("b2:")[:20]
+    place = get_config().get("configurable", {})
+    said = json.dumps([str(place.get("thread_id", "")), str(place.get("checkpoint_ns", "")), about], sort_keys=True, default=repr)
+    return content_hash(f"{said} {repeats(said)}").removeprefix("b2:")[:20]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -22,12 +21,13 @@ from agentops import cancelling
 from agentops.checkpoint import check_thread_id, lease
 from agentops.clock import Clock, Ids, SystemClock, UlidSource
 from agentops.engine import Engine
-from agentops.errors import InputTooLarge, RetrieverUnavailable, RunCancelled, ThreadBusy, UsageError
-from agentops.execution import Outcome, Standing, execute, pending, standing
+from agentops.errors import InputTooLarge, RetrieverUnavailable, RunCancelled, RunNotFound, UsageError
+from agentops.execution import Outcome, Standing, execute, standing
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
 from agentops.parts import open_embedder, open_engine, open_index
 from agentops.people import Answers
-from agentops.records import Budget, Interrupt, RunEvent, RunResult, RunStarted, content_hash
+from agentops.records import Budget, RunEvent, RunResult, RunStarted
+from agentops.resumption import check_run_id, check_same, passed, result_of, resumable, taken_up
 from agentops.retrieval import Embedder, Index, LenientRetriever, collection_not_found
 from agentops.settings import Settings, load_settings
 from agentops.store import RunRow, open_store
@@ -161,12 +161,14 @@ class Runtime:
         thread: str | None = None,
         collection: str | None = None,
         budget: Budget | None = None,
+        run_id: str | None = None,
     ) -> RunResult:
         """Runs a graph to its end or to its next question to a person.
 
         `graph` is a name, `file.py:attribute`, or a LangGraph graph object. `input` is what the graph takes; a string is
         put where the graph expects text. `thread` goes on with a conversation; without it a new one begins. `budget` is what
-        the run may cost; the settings say otherwise.
+        the run may cost, the settings say otherwise. `run_id` names the run: one that is on record already goes on instead of
+        beginning again, and where it is done or waits its recorded result is told.
 
         Raises:
             NodeFailed: a node raised; the cause is chained. An `AgentOpsError` out of a node is raised as it is.
@@ -175,7 +177,7 @@ class Runtime:
             RunDrained: the runtime was, and the run stopped at a step boundary; it can be resumed.
             ThreadBusy, GraphError, UsageError
         """
-        return await self._finish(self._start(self._load(graph), input, thread, collection, budget))
+        return await self._finish(self._start(self._load(graph), input, thread, collection, budget, run_id))
 
     async def astream(
         self,
@@ -185,9 +187,10 @@ class Runtime:
         thread: str | None = None,
         collection: str | None = None,
         budget: Budget | None = None,
+        run_id: str | None = None,
     ) -> AsyncIterator[RunEvent]:
         """Like `arun`, but yields what happens while it happens. Leaving the iterator early cancels the run."""
-        async with contextlib.aclosing(self._start(self._load(graph), input, thread, collection, budget)) as events:
+        async with contextlib.aclosing(self._start(self._load(graph), input, thread, collection, budget, run_id)) as events:
             async for event in events:
                 yield event
 
@@ -234,9 +237,10 @@ class Runtime:
         thread: str | None = None,
         collection: str | None = None,
         budget: Budget | None = None,
+        run_id: str | None = None,
     ) -> RunResult:
         """`arun` for callers without an event loop."""
-        return run_sync(self.arun(graph, input, thread=thread, collection=collection, budget=budget))
+        return run_sync(self.arun(graph, input, thread=thread, collection=collection, budget=budget, run_id=run_id))
 
     def stream(
         self,
@@ -246,9 +250,10 @@ class Runtime:
         thread: str | None = None,
         collection: str | None = None,
         budget: Budget | None = None,
+        run_id: str | None = None,
     ) -> Generator[RunEvent, None, None]:
         """`astream` for callers without an event loop."""
-        return iterate_sync(self.astream(graph, input, thread=thread, collection=collection, budget=budget))
+        return iterate_sync(self.astream(graph, input, thread=thread, collection=collection, budget=budget, run_id=run_id))
 
     def resume(
         self,
@@ -337,7 +342,13 @@ class Runtime:
         return load_graph(graph) if isinstance(graph, str) else adopt_graph(graph)
 
     def _start(
-        self, graph: LoadedGraph, input: Any, thread: str | None, collection: str | None, budget: Budget | None
+        self,
+        graph: LoadedGraph,
+        input: Any,
+        thread: str | None,
+        collection: str | None,
+        budget: Budget | None,
+        run_id: str | None,
     ) -> AsyncGenerator[RunEvent, None]:
         if isinstance(input, str):
             if not input.strip():
@@ -354,10 +365,47 @@ class Runtime:
                 f"graph '{graph.name}' takes no tools of servers",
                 hint="build it with context_schema=agentops.Context, or drop --mcp",
             )
+        if run_id is not None:
+            check_run_id(run_id)
+            thread = thread or f"th_{run_id.removeprefix('run_')}"  # the same whenever it is delivered
         thread_id = check_thread_id(thread) if thread else self._ids.new("th")
         details = self._details({}, {"retrieval.collection": collection})
         self._check_tools(graph, details)
+        if run_id is not None:
+            return self._deliver(graph, input, run_id, thread_id, details, budget, collection)
         return self._go(graph, input, self._ids.new("run"), thread_id, details, budget, collection)
+
+    async def _deliver(
+        self,
+        graph: LoadedGraph,
+        input: Any,
+        run_id: str,
+        thread_id: str,
+        details: dict[str, Any],
+        budget: Budget | None,
+        collection: str | None,
+    ) -> AsyncGenerator[RunEvent, None]:
+        """A run that its caller has named, for the first time or again."""
+        row = await asyncio.to_thread(self._recorded, run_id)
+        if row is None:
+            events = self._go(graph, input, run_id, thread_id, details, budget, collection, delivered=True)
+        else:
+            check_same(row, graph, thread_id, input, self.settings)
+            if row.status in ("done", "waiting"):
+                yield RunStarted(row.id, row.thread_id)
+                yield await asyncio.to_thread(result_of, row, self.settings)
+                return
+            events = self._again(row.id, Answers(), graph, budget)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield event
+
+    def _recorded(self, run_id: str) -> RunRow | None:
+        try:
+            row = self._find(run_id)
+        except RunNotFound:
+            return None
+        return row if row.id == run_id else None
 
     def _check_tools(self, graph: LoadedGraph, details: Mapping[str, Any]) -> None:
         """Says that a file of servers cannot be used, or that the command line allows or denies a tool that is not there,
@@ -384,7 +432,7 @@ class Runtime:
             raise collection_not_found(collection, known)
 
     async def _again(self, run_id: str, answers: Answers, graph: Any, budget: Budget | None) -> AsyncGenerator[RunEvent, None]:
-        row = await asyncio.to_thread(self._resumable, run_id)
+        row = resumable(await asyncio.to_thread(self._find, run_id))
         if graph is None and row.graph.startswith("python:"):
             raise UsageError(
                 f"run {row.id} is of a graph object made in Python", hint="resume it there: runtime.resume(run, graph=graph)"
@@ -411,60 +459,11 @@ class Runtime:
         details["tools.mcp"] = str(mcp) if mcp else None
         return details
 
-    def _resumable(self, run_id: str) -> RunRow:
-        row = self._find(run_id)
-        if row.status == "done":
-            raise UsageError(f"run {row.id} is done; there is nothing to resume", hint=f"see it with: agentops show {row.id}")
-        if row.status == "running":
-            raise ThreadBusy(f"run {row.id} is still running", hint="stop it first, or wait for its end")
-        return row
-
-    async def _taken_up(self, graph: LoadedGraph, run_id: str, answers: Answers) -> tuple[Any, Any, Standing]:
-        """What a resumed run is invoked with, what of that is put on record, and where it stands. Called under the lease,
-        since only then is it sure."""
-        row = await asyncio.to_thread(self._resumable, run_id)
-        at = await standing(graph, self.settings, row.id, row.thread_id)
-        if at == "passed":
-            raise UsageError(
-                f"another run went on with thread {row.thread_id} after run {row.id}",
-                hint="it cannot be resumed without undoing that; start a new run on the thread",
-            )
-        waiting = row.status == "waiting"
-        asked = await pending(graph, self.settings, row.thread_id, waiting=waiting) if at == "open" else ()
-        given = answers.fitted(asked, row.id, waiting=waiting)
-        if row.status != "waiting":
-            # Its process died, or it failed, before what was answered was done with.
-            given = {**await asyncio.to_thread(self._answered, row, asked), **given}
-        if given:
-            from langgraph.types import Command
-
-            kept = {key: {"value": value, "hash": _hash(value)} for key, value in given.items()}
-            return Command(resume=given), {"answers": kept}, at
-        began_with = await asyncio.to_thread(self._payload, row)
-        return began_with, began_with, at
-
-    def _answered(self, row: RunRow, asked: Sequence[Interrupt]) -> dict[str, Any]:
-        """Answers that are on record for interrupts which are still open, whole ones only."""
-        found: dict[str, Any] = {}
-        with open_store(self.settings) as store:
-            for span in store.spans(row.id) if asked else ():
-                said = store.payload(span.input_hash) if span.kind == "workflow" and span.input_hash else None
-                answers = said.get("answers") if isinstance(said, dict) else None
-                for one in asked:
-                    kept = answers.get(one.id) if isinstance(answers, dict) else None
-                    if isinstance(kept, dict) and kept.get("hash") == _hash(kept.get("value")):
-                        found[one.id] = kept["value"]
-        return found
-
     def _find(self, run_id: str) -> RunRow:
         self._tracer.flush()
         catch_up(self.settings)
         with open_store(self.settings) as store:
             return store.run(run_id)
-
-    def _payload(self, row: RunRow) -> Any:
-        with open_store(self.settings) as store:
-            return store.payload(row.input_hash) if row.input_hash else None
 
     async def _finish(self, events: AsyncGenerator[RunEvent, None]) -> RunResult:
         result: RunResult | None = None
@@ -485,6 +484,8 @@ class Runtime:
         details: dict[str, Any],
         budget: Budget | None,
         collection: str | None = None,
+        *,
+        delivered: bool = False,
     ) -> AsyncGenerator[RunEvent, None]:
         budget = _sound(budget) if budget else Budget(**asdict(self.settings.budget))
         if collection is not None and graph.uses_context:
@@ -494,7 +495,14 @@ class Runtime:
             at: Standing = "unborn"
             told = input
             if isinstance(input, Answers):
-                input, told, at = await self._taken_up(graph, run_id, input)  # noqa: A001
+                # Only under the lease is it sure how the run ended.
+                row = resumable(await asyncio.to_thread(self._find, run_id))
+                input, told, at = await taken_up(graph, self.settings, row, input)  # noqa: A001
+            elif delivered:
+                # Another process may have begun it since the record was asked, or could not put that into the store.
+                resumed = (at := await standing(graph, self.settings, run_id, thread_id)) != "unborn"
+                if at == "passed":
+                    raise passed(run_id, thread_id)
             context = await asyncio.to_thread(self._context, graph, details) if graph.uses_context else None
             meter = Meter(budget, self._clock)
             trace = self._tracer.start_run(
@@ -588,10 +596,6 @@ def _sound(budget: Budget) -> Budget:
         if not value > 0:
             raise UsageError(f"a budget of {value} {name} lets nothing run", hint="give more than 0")
     return budget
-
-
-def _hash(value: Any) -> str:
-    return content_hash(json.dumps(value, sort_keys=True, default=repr))
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[RunEvent | None], event: RunEvent) -> None:

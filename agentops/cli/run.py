@@ -62,6 +62,10 @@ def run(
     thread: Annotated[
         str | None, typer.Option("--thread", "-t", help="Go on with this conversation, or begin it under this name.")
     ] = None,
+    run_id: Annotated[
+        str | None,
+        typer.Option("--run-id", help="Name of the run: given again, it goes on, or tells its result once it is done."),
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Catalogue name, local folder or hub id.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
@@ -96,7 +100,7 @@ def run(
         "elasticsearch.url": es_url,
     }
     with _runtime(flags, quiet=quiet) as runtime:
-        events = runtime.stream(graph, given, thread=thread, collection=collection)
+        events = runtime.stream(graph, given, thread=thread, collection=collection, run_id=run_id)
         follow(events, quiet=quiet, as_json=as_json, files=runtime.settings.files)
 
 

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 T = TypeVar("T", int, float, str)
 
 
+def repeats(what: str) -> int:
+    """How often the node that runs now has asked for the same before, since it began; outside of a run always 0."""
+    if (place := locate()) is None:
+        return 0
+    run, parent, _ = place
+    return run.repeats(parent, what)
+
+
 class Effects:
     """Effects that happen now."""
 

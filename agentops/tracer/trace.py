@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
@@ -202,6 +203,7 @@ class RunTrace:
         self._emitted = 0
         self._faults = 0
         self._states = 0
+        self._asked: Counter[tuple[str, str]] = Counter()
         self.step = 0
         """The superstep of the outermost graph that is going on, as far as its checkpoints have told."""
         self._full: JournalFull | None = None
@@ -408,6 +410,14 @@ class RunTrace:
                 self.step = step + 1
         about = {"run_id": self.run_id, "root_id": self.root_id, "place": place, "graph": graph, "step": step, "source": source}
         self._write([{"t": "checkpoint", **about, "hash": state_hash(public(values)), "ns": self.tracer.clock.now_ns()}])
+
+    def repeats(self, span_id: str, what: str) -> int:
+        """How often this was asked before of the node that a span is in, since that node began."""
+        with self._lock:
+            held = self._open.get(span_id)
+            key = held.step if held else "", what
+            self._asked[key] += 1
+            return self._asked[key] - 1
 
     def forget(self, langchain: UUID) -> None:
         self._langchain.pop(langchain, None)
