@@ -28,7 +28,7 @@ from agentops.graph import Context, LoadedGraph
 from agentops.records import Interrupt, RunResult, RunStatus
 from agentops.settings import Settings
 from agentops.tracer import Meter, RunTrace
-from agentops.tracer.stores import TracedStore, traced_cache
+from agentops.tracer.stores import TracedStore, told_of_stream, traced_cache
 
 Standing = Literal["unborn", "open", "over", "passed"]
 """Where a run stands in its thread. unborn: it has no checkpoint, its input was never taken.  open: the thread's newest
@@ -173,6 +173,7 @@ async def _invoke(
         if at == "open" and not isinstance(input, Command):
             input = None  # noqa: A001 - the checkpoint holds the state; what is on record of the input is text
         spent: str | None = None
+        config["configurable"] |= told_of_stream(trace, compiled.store)
         how: Any = {"context": context, "control": control, "durability": DURABILITY}
         try:
             async with asyncio.timeout(meter.budget.seconds) as limit:

@@ -25,8 +25,10 @@ RunStatus = Literal["queued", "running", "waiting", "done", "failed", "cancelled
 running: a live process works on it.  waiting: for a person's answer.  done: it reached the end.
 failed: a node raised or a limit was met.  cancelled: its user stopped it.  crashed: its process died."""
 
-SpanKind = Literal["workflow", "agent", "node", "generation", "retrieval", "embedding", "rerank", "tool", "memory", "evaluator"]
-"""memory: an operation on a LangGraph store, which outlives threads."""
+SpanKind = Literal[
+    "workflow", "agent", "node", "generation", "retrieval", "embedding", "rerank", "tool", "memory", "evaluator", "event"
+]
+"""memory: an operation on a LangGraph store, which outlives threads.  event: what a node tells its graph's custom stream."""
 
 SpanStatus = Literal["open", "ok", "error", "interrupted", "cancelled", "crashed"]
 """open: started and not ended.  interrupted: paused for a person, not an error.  crashed: its process died while it was open."""

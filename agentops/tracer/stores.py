@@ -1,4 +1,4 @@
-"""What LangGraph's store and node cache do in a run, as spans. Callbacks tell of neither."""
+"""What LangGraph's store, node cache and custom stream do in a run, as spans. Callbacks tell of none of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from langgraph._internal._constants import CONFIG_KEY_RUNTIME, CONFIG_KEY_STREAM
 from langgraph.cache.base import BaseCache
+from langgraph.pregel.protocol import StreamProtocol
+from langgraph.runtime import Runtime
 from langgraph.store.base import BaseStore, GetOp, Item, ListNamespacesOp, Op, PutOp, Result, SearchOp
 
 from agentops.tracer.payload import public
@@ -116,3 +119,20 @@ def traced_cache(cache: BaseCache[Any], run: RunTrace) -> BaseCache[Any]:
     twin.aget = aget
     made: BaseCache[Any] = twin
     return made
+
+
+def told_of_stream(run: RunTrace, store: BaseStore | None) -> dict[str, Any]:
+    """What to add to `configurable` so that a graph's stream writers record what they are given, where they are called.
+    `store` is the graph's.
+
+    LangGraph gives a graph inside another the writer of the outer one, and takes ours for that. Reading the stream instead costs
+    every superstep, says no node, and what a dying process had not read is lost.
+    """
+
+    def write(chunk: Any) -> None:
+        run.event("custom", chunk)
+
+    return {
+        CONFIG_KEY_STREAM: StreamProtocol(lambda _: None, set()),
+        CONFIG_KEY_RUNTIME: Runtime(store=store, stream_writer=write),
+    }

@@ -197,6 +197,10 @@ class Taps(GraphCallbackHandler):
         if not event.checkpoint_ns:
             self.agentops_run.annotate(resumed_from=event.checkpoint_id)
 
+    @_safe
+    def on_custom_event(self, name: str, data: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        self.agentops_run.event(name, data)
+
     # Models that are not ours
 
     def _model(

@@ -411,6 +411,15 @@ class RunTrace:
         about = {"run_id": self.run_id, "root_id": self.root_id, "place": place, "graph": graph, "step": step, "source": source}
         self._write([{"t": "checkpoint", **about, "hash": state_hash(public(values)), "ns": self.tracer.clock.now_ns()}])
 
+    def event(self, name: str, value: Any) -> None:
+        """Writes that something was told by the code that is running now.
+
+        Raises:
+            JournalFull
+        """
+        run, parent, notes = self.place()
+        run.close(run.open("event", name, parent=parent, attributes=notes), output=value)
+
     def repeats(self, span_id: str, what: str) -> int:
         """How often this was asked before of the node that a span is in, since that node began."""
         with self._lock:

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import operator
+import os
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypedDict
 
 import pytest
+from langchain_core.callbacks import adispatch_custom_event
+from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import tool
 from langgraph.cache.memory import InMemoryCache
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.config import get_stream_writer
 from langgraph.func import entrypoint, task
 from langgraph.graph import START, StateGraph
 from langgraph.runtime import Runtime as Node
 from langgraph.store.memory import InMemoryStore
-from langgraph.types import CachePolicy, Command, RetryPolicy, Send, TimeoutPolicy, interrupt
+from langgraph.types import CachePolicy, Command, RetryPolicy, Send, StreamWriter, TimeoutPolicy, interrupt
 
 from agentops import Context, Runtime, ScriptedEngine, Settings
 from agentops.engine import generate
-from agentops.errors import NodeFailed
-from agentops.records import Message, Request
+from agentops.errors import NodeFailed, RunDrained
+from agentops.records import Message, Request, RunResult
 from agentops.store import open_store
 from agentops.tracer import carried, catch_up
 
@@ -80,8 +87,28 @@ class Row:
 
     tree: str
     graph: Callable[[], Any] | None = None
-    drive: Callable[[Runtime], str] | None = None
+    drive: Callable[[Caller], str] | None = None
     fails: bool = False
+
+
+@dataclass
+class Caller:
+    """A runtime, called as a caller without an event loop calls it, or as one with a loop does."""
+
+    runtime: Runtime
+    has_loop: bool
+
+    @property
+    def settings(self) -> Settings:
+        return self.runtime.settings
+
+    def run(self, graph: Any) -> RunResult:
+        if self.has_loop:
+            return asyncio.run(self.runtime.arun(graph, {"q": "?"}))
+        return self.runtime.run(graph, {"q": "?"})
+
+    def resume(self, run_id: str, **how: Any) -> RunResult:
+        return asyncio.run(self.runtime.aresume(run_id, **how)) if self.has_loop else self.runtime.resume(run_id, **how)
 
 
 ROWS: dict[str, Row] = {}
@@ -95,8 +122,8 @@ def phenomenon(name: str, tree: str, *, fails: bool = False) -> Callable[[Callab
     return kept
 
 
-def driven(name: str, tree: str) -> Callable[[Callable[[Runtime], str]], Callable[[Runtime], str]]:
-    def kept(drive: Callable[[Runtime], str]) -> Callable[[Runtime], str]:
+def driven(name: str, tree: str) -> Callable[[Callable[[Caller], str]], Callable[[Caller], str]]:
+    def kept(drive: Callable[[Caller], str]) -> Callable[[Caller], str]:
         ROWS[name] = Row(tree, drive=drive)
         return drive
 
@@ -318,43 +345,69 @@ def _() -> Any:
     return flow(a=a).compile()
 
 
+@phenomenon(
+    "what is told to the custom stream",
+    "node a 1 ( event custom | event custom ) | node b 1 ( agent b ( node c 1 ( event custom ) ) )",
+)
+def _() -> Any:
+    def a(state: State, runtime: Node[Context]) -> State:
+        runtime.stream_writer({"at": 1})
+        get_stream_writer()({"at": 2})
+        return {}
+
+    async def c(state: State, writer: StreamWriter) -> State:
+        writer({"at": 3})
+        return {}
+
+    return flow(a=a, b=flow(c=c).compile()).compile()
+
+
+@phenomenon("an event of one's own", "node a 1 ( event arrived )")
+def _() -> Any:
+    async def a(state: State, config: RunnableConfig) -> State:
+        await adispatch_custom_event("arrived", {"at": 1}, config=config)
+        return {}
+
+    return flow(a=a).compile()
+
+
 @driven("a node answered from a cache", "node a 1 cached | node b 2")
-def _(runtime: Runtime) -> str:
+def _(caller: Caller) -> str:
     builder: Any = StateGraph(State).add_node("a", asays, cache_policy=CachePolicy()).add_node("b", asays)
     graph = builder.add_edge(START, "a").add_edge("a", "b").compile(cache=InMemoryCache())
-    runtime.run(graph, {"q": "?"})
-    return runtime.run(graph, {"q": "?"}).run_id
+    caller.run(graph)
+    return caller.run(graph).run_id
 
 
 @driven("an interrupt and its answer", "node a 1 interrupted || node a 1 | node b 2")
-def _(runtime: Runtime) -> str:
+def _(caller: Caller) -> str:
     graph = flow("a>b", a=lambda state: {"x": [str(interrupt("sure?"))]}, b=asays).compile()
-    run = runtime.run(graph, {"q": "?"})
-    return runtime.resume(run.run_id, answer="yes", graph=graph).run_id
+    run = caller.run(graph)
+    return caller.resume(run.run_id, answer="yes", graph=graph).run_id
 
 
 @driven("two interrupts at once", "node a 1 interrupted | node b 1 interrupted | node c 1 || node a 1 | node b 1")
-def _(runtime: Runtime) -> str:
+def _(caller: Caller) -> str:
     def asks(state: State) -> State:
         return {"x": [str(interrupt("sure?"))]}
 
     graph = flow(a=asks, b=asks, c=asays).compile()
-    run = runtime.run(graph, {"q": "?"})
-    return runtime.resume(run.run_id, answers={one.id: "yes" for one in run.interrupts}, graph=graph).run_id
+    run = caller.run(graph)
+    return caller.resume(run.run_id, answers={one.id: "yes" for one in run.interrupts}, graph=graph).run_id
 
 
 @driven("a breakpoint", "node a 1 || node b 2")
-def _(runtime: Runtime) -> str:
+def _(caller: Caller) -> str:
     graph = flow("a>b", a=asays, b=asays).compile(interrupt_before=["b"])
-    return runtime.resume(runtime.run(graph, {"q": "?"}).run_id, graph=graph).run_id
+    return caller.resume(caller.run(graph).run_id, graph=graph).run_id
 
 
 @driven("cancelled by its user", "node a 1 | node b 2 cancelled")
-def _(runtime: Runtime) -> str:
+def _(caller: Caller) -> str:
     graph, found = flow("a>b", a=asays, b=slow).compile(), []
 
     async def go() -> None:
-        async for event in runtime.astream(graph, {"q": "?"}):
+        async for event in caller.runtime.astream(graph, {"q": "?"}):
             found.append(event)  # noqa: PERF401 - they are looked at meanwhile
 
     async def cancelled() -> None:
@@ -370,11 +423,11 @@ def _(runtime: Runtime) -> str:
 
 
 @driven("the reader of the stream leaves", "node a 1 | node b 2 cancelled")
-def _(runtime: Runtime) -> str:
+def _(caller: Caller) -> str:
     graph, found = flow("a>b", a=asays, b=slow).compile(), []
 
     async def go() -> None:
-        events = runtime.astream(graph, {"q": "?"})
+        events = caller.runtime.astream(graph, {"q": "?"})
         async for event in events:
             found.append(event)
             if getattr(event, "node", "") == "b":
@@ -386,7 +439,7 @@ def _(runtime: Runtime) -> str:
 
 
 @driven("what is called after the run has ended", "node a 1 | generation generate orphan")
-def _(runtime: Runtime) -> str:
+def _(caller: Caller) -> str:
     ended = threading.Event()
 
     def a(state: State, runtime: Node[Context]) -> State:
@@ -399,38 +452,112 @@ def _(runtime: Runtime) -> str:
         return {}
 
     done = threading.Event()
-    run = runtime.run(flow(a=a).compile(), {"q": "?"})
+    run = caller.run(flow(a=a).compile())
     ended.set()
     assert done.wait(10)
     return run.run_id
 
 
+@driven("a breakpoint behind a node", "node a 1 || node b 2")
+def _(caller: Caller) -> str:
+    graph = flow("a>b", a=asays, b=asays).compile(interrupt_after=["a"])
+    return caller.resume(caller.run(graph).run_id, graph=graph).run_id
+
+
+@driven("drained", "node a 1 || node b 2")
+def _(caller: Caller) -> str:
+    def a(state: State, runtime: Node[Context]) -> State:
+        assert runtime.control is not None
+        runtime.control.request_drain()
+        return {}
+
+    graph = flow("a>b", a=a, b=asays).compile()
+    with pytest.raises(RunDrained) as drained:
+        caller.run(graph)
+    return caller.resume(drained.value.run_id, graph=graph).run_id
+
+
+@driven("killed in a node", "node a 1 | node b 2 crashed ( tool slow crashed ) || node b 2 ( tool slow )")
+def _(caller: Caller) -> str:
+    file = caller.settings.paths.home / f"killed_{caller.has_loop}.py"
+    file.write_text(KILLED)
+    url = caller.settings.record.url
+    environment = (
+        os.environ | {"AGENTOPS_PATHS_HOME": str(caller.settings.paths.home)} | ({"AGENTOPS_RECORD_URL": url} if url else {})
+    )
+    child = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    return caller.resume(child.stdout.strip(), graph=f"{file}:graph").run_id
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from typing import TypedDict
+from langgraph.graph import START, StateGraph
+from agentops.tracer import span
+
+class State(TypedDict, total=False):
+    q: str
+
+async def a(state: State) -> State:
+    return {}
+
+async def b(state: State) -> State:
+    with span("tool", "slow"):
+        if not (mark := Path(__file__).with_suffix(".mark")).exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+graph = StateGraph(State).add_node("a", a).add_node("b", b).add_edge(START, "a").add_edge("a", "b").compile()
+
+if __name__ == "__main__":
+    from agentops import Runtime
+    for event in Runtime().stream(f"{__file__}:graph", {"q": "?"}):
+        if type(event).__name__ == "RunStarted":
+            print(event.run_id, flush=True)
+"""
+
+
 OWN = [name for name, row in ROWS.items() if row.graph is not None and "API" not in name]
 
 
-@pytest.mark.parametrize(("name", "checkpoints"), [*((name, "ours") for name in ROWS), *((name, "of the graph") for name in OWN)])
-def test_the_tree_of_spans(settings: Settings, name: str, checkpoints: str) -> None:
+@pytest.fixture(scope="module")
+def on_sqlite(session_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    paths = replace(session_settings.paths, home=tmp_path_factory.mktemp("sqlite") / "home")
+    with Runtime(replace(session_settings, paths=paths), engine=ScriptedEngine(["ok"] * 999)) as runtime:
+        yield runtime
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_tree_of_spans(on_sqlite: Runtime, name: str) -> None:
+    assert recorded(Caller(on_sqlite, has_loop=False), name) == ROWS[name].tree
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_tree_of_spans_where_the_graph_has_a_checkpointer(on_sqlite: Runtime, name: str) -> None:
+    assert recorded(Caller(on_sqlite, has_loop=True), name, checkpointer=InMemorySaver()) == ROWS[name].tree
+
+
+def recorded(caller: Caller, name: str, checkpointer: Any = None) -> str:
     row = ROWS[name]
-    with Runtime(settings, engine=ScriptedEngine(["ok"] * 9)) as runtime:
-        if row.drive is not None:
-            run_id = row.drive(runtime)
-        else:
-            assert row.graph is not None
-            graph = row.graph()
-            if checkpoints == "of the graph":
-                graph = graph.copy({"checkpointer": InMemorySaver()})
-            try:
-                run_id = runtime.run(graph, {"q": "?"}).run_id
-                assert not row.fails
-            except NodeFailed as error:
-                assert row.fails
-                run_id = error.run_id
-    assert drawn(settings, run_id) == row.tree
+    if row.drive is not None:
+        return drawn(caller.settings, row.drive(caller))
+    assert row.graph is not None
+    graph = row.graph()
+    try:
+        run_id = caller.run(graph.copy({"checkpointer": checkpointer}) if checkpointer else graph).run_id
+        assert not row.fails
+    except NodeFailed as error:
+        assert row.fails
+        run_id = error.run_id
+    return drawn(caller.settings, run_id)
 
 
 def drawn(settings: Settings, run_id: str) -> str:
     """The spans under each workflow span, `||` between sittings, siblings in the order of their start."""
-    catch_up(settings)
+    catch_up(settings, wait=True)
     with open_store(settings) as store:
         spans, balance = store.spans(run_id), store.balance(run_id)
     assert balance.balanced
