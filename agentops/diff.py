@@ -1,12 +1,13 @@
 """Two runs, or a run and its replay, laid side by side: which spans belong together, and where they first differ.
 
-Spans are paired along the tree: children of a pair by kind and name, in order, those with the same input first. Times, ids
-and tokens never count as differences; what went in, what came out and how it ended do. Nothing is run here.
+Spans are paired along the tree: children of a pair that were given the same, in whatever order they began, then by kind and name,
+in order. Times, ids and tokens never count as differences; what went in, what came out and how it ended do. Nothing is run here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
@@ -15,6 +16,8 @@ from agentops.errors import RecordError
 from agentops.store import SpanRow, Store
 
 _COMPARED = ("status", "error", "prompt_version", "attempt")
+_TIMED = ("BudgetSpent: ", "NodeTimeoutError: ")
+"""Errors that say how long something took."""
 _ATTRIBUTES = (
     "route",
     "finish_reason",
@@ -26,6 +29,9 @@ _ATTRIBUTES = (
     "temperature",
     "max_tokens",
     "seed",
+    "top_p",
+    "top_k",
+    "stop",
     "code",
 )
 
@@ -55,10 +61,20 @@ class Pair:
 
 
 class Side:
-    """The spans of one run, or of some of its sittings (`roots`, workflow spans' ids), and what they hold."""
+    """The spans of one run, or of some of its sittings (`roots`, workflow spans' ids), and what they hold. The ends of spans that
+    are `cut` do not count, and what is missing under them is no difference."""
 
-    def __init__(self, store: Store, run_id: str, roots: Sequence[str] | None = None, *, inside_tools: bool = True) -> None:
+    def __init__(
+        self,
+        store: Store,
+        run_id: str,
+        roots: Sequence[str] | None = None,
+        *,
+        inside_tools: bool = True,
+        cut: Callable[[SpanRow], bool] = lambda span: False,
+    ) -> None:
         self._store = store
+        self.cut = cut
         spans = [span for span in store.spans(run_id) if roots is None or span.root_id in roots]
         self._by_id = {span.id: span for span in spans}
         self._children: dict[str | None, list[SpanRow]] = {}
@@ -105,6 +121,8 @@ def _first(one: Side, two: Side, above: SpanRow | None, below: SpanRow | None) -
         if left is None or right is None:
             span, side = (right, two) if left is None else (left, one)
             assert span is not None
+            if (above and one.cut(above)) if left is None else (below and two.cut(below)):
+                continue
             only = (None, span.name) if left is None else (span.name, None)
             return Difference(side.node(span), span.kind, span.name, "span", *only)
         own = list(_differences(one, two, left, right))
@@ -112,7 +130,7 @@ def _first(one: Side, two: Side, above: SpanRow | None, below: SpanRow | None) -
             return given[0]
         if (inner := _first(one, two, left, right)) is not None:
             return inner
-        if own:
+        if own and not one.cut(left) and not two.cut(right):
             return own[0]
     return None
 
@@ -134,33 +152,40 @@ def _alone(side: Side, span: SpanRow | None, depth: int, *, first: bool) -> Iter
 
 
 def _paired(left: list[SpanRow], right: list[SpanRow]) -> Iterator[tuple[SpanRow | None, SpanRow | None]]:
-    """In order; first those that were given the same, then by kind and name what lies between."""
-    yield from _matched(left, right, lambda span: (_key(span), span.attributes.get("packet"), span.input_hash), _by_name)
+    """Each with its counterpart, in the order of the left ones; what only the right has stands where it would have been."""
+    # What ran side by side began in any order.
+    same: dict[Any, deque[SpanRow]] = {}
+    for span in right:
+        same.setdefault(_given(span), deque()).append(span)
+    partner = {span.id: queue.popleft() for span in left if (queue := same.get(_given(span)))}
+    taken = {span.id for span in partner.values()}
+    partner |= _by_name([span for span in left if span.id not in partner], [span for span in right if span.id not in taken])
+    taken = {span.id for span in partner.values()}
+    alone = deque((place, span) for place, span in enumerate(right) if span.id not in taken)
+    place_of = {span.id: place for place, span in enumerate(right)}
+    for span in left:
+        found = partner.get(span.id)
+        while found is not None and alone and alone[0][0] < place_of[found.id]:
+            yield None, alone.popleft()[1]
+        yield span, found
+    yield from ((None, span) for _, span in alone)
 
 
-def _by_name(left: list[SpanRow], right: list[SpanRow]) -> Iterator[tuple[SpanRow | None, SpanRow | None]]:
-    yield from _matched(left, right, _key, _apart)
+def _given(span: SpanRow) -> tuple[Any, ...]:
+    return _key(span), span.step, span.attempt, span.attributes.get("packet"), span.input_hash
 
 
-def _apart(left: list[SpanRow], right: list[SpanRow]) -> Iterator[tuple[SpanRow | None, SpanRow | None]]:
-    yield from ((span, None) for span in left)
-    yield from ((None, span) for span in right)
+def _by_name(left: list[SpanRow], right: list[SpanRow]) -> dict[str, SpanRow]:
+    """Counterparts of those on the left by their ids, in the order of both."""
+    matcher = SequenceMatcher(None, [_key(span) for span in left], [_key(span) for span in right], autojunk=False)
+    return {
+        left[block.a + place].id: right[block.b + place] for block in matcher.get_matching_blocks() for place in range(block.size)
+    }
 
 
 def _key(span: SpanRow) -> tuple[str, str]:
     # A resumed run's workflow span says so in its name.
     return span.kind, "" if span.kind == "workflow" else span.name
-
-
-def _matched(
-    left: list[SpanRow], right: list[SpanRow], key: Any, between: Any
-) -> Iterator[tuple[SpanRow | None, SpanRow | None]]:
-    matcher = SequenceMatcher(None, [key(span) for span in left], [key(span) for span in right], autojunk=False)
-    for verdict, begin, end, start, stop in matcher.get_opcodes():
-        if verdict == "equal":
-            yield from zip(left[begin:end], right[start:stop], strict=True)
-        else:
-            yield from between(left[begin:end], right[start:stop])
 
 
 def _differences(one: Side, two: Side, left: SpanRow, right: SpanRow) -> Iterator[Difference]:
@@ -172,14 +197,16 @@ def _differences(one: Side, two: Side, left: SpanRow, right: SpanRow) -> Iterato
         a, b = getattr(left, f"{direction}_hash"), getattr(right, f"{direction}_hash")
         if a != b:
             path, *values = unequal(one.content(a), two.content(b))
-            yield differ(f"{direction}{path}", *values)
+            # The same keys in another order are the same value.
+            if path or values[0] != values[1]:
+                yield differ(f"{direction}{path}", *values)
     for field in _COMPARED:
         # What a tool raised is in its result; an interrupt's message has ids in it.
         if field == "error" and (left.kind == "tool" or left.status == "interrupted"):
             continue
         a, b = getattr(left, field), getattr(right, field)
-        if field == "error" and str(a).startswith("BudgetSpent: ") and str(b).startswith("BudgetSpent: "):
-            continue  # it says how long it took
+        if field == "error" and any(str(a).startswith(kind) and str(b).startswith(kind) for kind in _TIMED):
+            continue
         if a != b:
             yield differ(field, a, b)
     for field in _ATTRIBUTES:

@@ -161,7 +161,7 @@ async def _invoke(
 ) -> None:
     config: Any = {
         "configurable": {"thread_id": trace.thread_id},
-        "callbacks": [trace.handler],
+        "callbacks": [trace.handler, *trace.effects.handlers],
         "metadata": {"run_id": trace.run_id},
         "recursion_limit": meter.budget.steps,
     }

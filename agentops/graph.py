@@ -183,7 +183,7 @@ class Context:
     async def perform(self, toolbox: Toolbox, call: ToolCall) -> ToolResult:
         """Runs a call under the policy of the toolbox and the settings; never raises for what a tool does wrong. Where a
         person has to be asked the run waits here, and the node runs again from its beginning when there is an answer."""
-        return await toolbox.perform(call, self.tool_settings, effects=self.effects)
+        return await toolbox.perform(call, self.tool_settings)
 
 
 def _once(about: Any) -> str:

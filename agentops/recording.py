@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Never, TypeVar
+from uuid import UUID
 
+from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langgraph.store.base import BaseStore, GetOp, Item, ListNamespacesOp, Op, Result, SearchItem, SearchOp
 
-from agentops.diff import unequal
+from agentops.diff import Difference, unequal
 from agentops.errors import AgentOpsError, RecordError, ReplayDiverged
 from agentops.records import (
     ChoiceScore,
@@ -40,6 +43,7 @@ from agentops.records import (
 from agentops.store import SpanRow, Store
 from agentops.tracer import Effects, Way, asked, locate, to_plain, way
 from agentops.tracer.stores import told
+from agentops.tracer.wrappers import PARAMETERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +55,7 @@ E = TypeVar("E", bound=AgentOpsError)
 
 _KINDS = ("generation", "embedding", "retrieval", "tool", "memory")
 _SETTLING_S = 2.0
+_CANCELLING_S = 0.05
 
 
 class RecordEnded(AgentOpsError):
@@ -69,26 +74,53 @@ class Recording:
         """Why it cannot go on as on record: the first thing that was told so."""
         spans = [span for span in store.spans(root.run_id) if span.root_id == root.id]
         rows = {span.id: _as_row(span) for span in spans}
+        self._spans = {span.id: span for span in spans}
         in_tools: set[str] = set()
         self._effects: dict[Way, list[SpanRow]] = {}
-        self._noted: dict[tuple[Way, str], list[Any]] = {}
+        self._noted: dict[tuple[Way, Parts, str], list[Any]] = {}
+        self._nodes: dict[Way, SpanRow] = {}
+        self._left: set[Way] = set()
         for span in spans:
             if span.parent_id in in_tools:
                 in_tools.add(span.id)
                 continue
             place = way(span.id, rows.get)
+            if span.kind == "node":
+                self._nodes[place] = span
             if span.kind == "tool":
                 in_tools.add(span.id)
             # A tool call that was refused or denied came to nothing that the graph's own code does not do again.
             if span.kind in _KINDS and (span.kind != "tool" or "code" in span.attributes):
                 self._effects.setdefault(place, []).append(span)
-            for kind, values in (span.attributes.get("noted") or {}).items():
-                self._noted.setdefault((place, kind), []).extend(values)
+            # What a tool was given from outside is in its result.
+            for kind, values in ((span.attributes.get("noted") or {}) if span.kind != "tool" else {}).items():
+                self._noted.setdefault((place, parts(span.id, rows.get), kind), []).extend(values)
 
     @property
     def rest(self) -> int:
-        """How many effects that have an end were not asked for yet."""
-        return sum(not _endless(span) for spans in self._effects.values() for span in spans)
+        """How many effects that have an end were not asked for yet, and how many nodes that have one have not come to it."""
+        calls = sum(not endless(span) for spans in self._effects.values() for span in spans)
+        nodes = (span for place, span in self._nodes.items() if place not in self._left)
+        return calls + sum(not endless(span) and not span.attributes.get("cached") for span in nodes)
+
+    @property
+    def unasked(self) -> Difference | None:
+        """A value on record that nobody asked for."""
+        for (place, _, kind), values in self._noted.items():
+            if values and not self.cut(place):
+                return Difference(_named_way(place), "", "", kind, values[0], None)
+        return None
+
+    def left(self, place: Way) -> None:
+        """To be called when a node is done or has failed."""
+        self._left.add(place)
+
+    def cut(self, place: Way) -> SpanRow | None:
+        """The node there, or the workflow, where the record has no end of it: the run was stopped before, or its process died."""
+        for inner in range(len(place)):
+            if (node := self._nodes.get(place[inner:])) is not None:
+                return node if endless(node) else None
+        return self.root if endless(self.root) else None
 
     def content(self, hash: str | None) -> Any:
         try:
@@ -109,19 +141,35 @@ class Recording:
             Exception: what the call raised.
         """
         found = self.find(kind, name, given, about)
-        if _endless(found):
-            # What happens beside it comes to its end first, as it did.
-            for _ in range(int(_SETTLING_S / 0.01)):
-                if not self.rest:
-                    break
-                await asyncio.sleep(0.01)
-            raise self.ended(found)
+        if endless(found):
+            await self.held(found)
         return found
+
+    async def held(self, span: SpanRow) -> Never:
+        """Where the record of a call or a node has no end: waits for whoever cut it short to do so again.
+
+        Raises:
+            RecordEnded: nobody does; it was the run that was stopped.
+        """
+        above = self._spans.get(span.parent_id or "")
+        while above is not None and (above.kind != "node" or endless(above)):
+            above = self._spans.get(above.parent_id or "")
+        if above is not None:
+            # The node went on without it, by a time limit that takes its time.
+            await asyncio.sleep((above.duration_ns or 0) / 1e9 + _SETTLING_S)
+        # What happens beside it comes to its end first, as it did.
+        for _ in range(int(_SETTLING_S / 0.01)):
+            if not self.rest:
+                break
+            await asyncio.sleep(0.01)
+        # A failure beside it cancels it.
+        await asyncio.sleep(_CANCELLING_S)
+        raise self.ended(span)
 
     def take_now(self, kind: str, name: str, given: Any, about: Mapping[str, Any]) -> SpanRow:
         """As `take`, for calls that cannot wait for what happens beside them."""
         found = self.find(kind, name, given, about)
-        if _endless(found):
+        if endless(found):
             raise self.ended(found)
         return found
 
@@ -129,6 +177,7 @@ class Recording:
         return self.told(RecordEnded(f"the record of {span.name} has no end: {span.status}"))
 
     def find(self, kind: str, name: str, given: Any, about: Mapping[str, Any]) -> SpanRow:
+        """The recorded call, or what has no end there and might have made it."""
         plain, about = to_plain(given), to_plain(about)
         place, node = _here()
         with self._lock:
@@ -141,6 +190,8 @@ class Recording:
                     self.answered[kind] += 1
                     return span
         if not likely:
+            if (open_end := self.cut(place)) is not None:
+                return open_end
             raise self.divergence(node, f"{kind} {name}", None, plain, "this is not on record")
         path, one, two = unequal(self.content(likely[0].input_hash), plain)
         if path or one != two:
@@ -148,18 +199,21 @@ class Recording:
         path, one, two = unequal({key: likely[0].attributes.get(key) for key in about}, about)
         raise self.divergence(node, f"{kind} {name}, {path.lstrip('.')}", one, two, "it is asked in another way")
 
-    def noted(self, kind: str) -> Any:
-        """The next value that was noted where this is called.
+    def noted(self, kind: str, make: Callable[[], T]) -> T:
+        """The next value that was noted where this is called; a new one where a node that has no end on record asks for more.
 
         Raises:
             ReplayDiverged: there is none.
         """
         place, node = _here()
         with self._lock:
-            values = self._noted.get((place, kind))
+            values = self._noted.get((place, _parts_here(), kind))
             if values:
                 self.answered["noted"] += 1
-                return values.pop(0)
+                found: T = values.pop(0)
+                return found
+        if self.cut(place) is not None:
+            return make()
         raise self.divergence(node, kind, None, None, "it is asked for more often than is on record")
 
     def divergence(self, node: str, field: str, recorded: Any, new: Any, why: str) -> ReplayDiverged:
@@ -172,15 +226,42 @@ def _here() -> tuple[Way, str]:
         return (), ""
     run, parent, _ = place
     found = run.way(parent)
-    return found, " / ".join(node for node, *_ in reversed(found))
+    return found, _named_way(found)
+
+
+def _named_way(place: Way) -> str:
+    return " / ".join(node for node, *_ in reversed(place))
+
+
+Parts = tuple[str, ...]
+"""Spans of a node's own inside of it, innermost first: their kinds and names."""
+
+
+def parts(span_id: str | None, row: Callable[[str], Mapping[str, Any] | None]) -> Parts:
+    """The spans between one and the node around it, itself among them; `row` gives a span by its id."""
+    found: list[str] = []
+    while span_id is not None and (at := row(span_id)) is not None and at["kind"] not in ("node", "workflow"):
+        found.append(f"{at['kind']} {at['name']}")
+        span_id = at.get("parent_id")
+    return tuple(found)
+
+
+def _parts_here() -> Parts:
+    if (place := locate()) is None:
+        return ()
+    run, parent, _ = place
+    return parts(parent, lambda key: found.row if (found := run.find(key)) else None)
 
 
 def diverged(node: str, field: str, recorded: Any, new: Any, why: str) -> ReplayDiverged:
     return ReplayDiverged(f"{node or 'the graph'}: {field}: {why}", node=node, field=field, recorded=recorded, new=new)
 
 
-def _endless(span: SpanRow) -> bool:
-    return span.status in ("open", "crashed") or (span.status == "cancelled" and not {"result", "partial"} & set(span.attributes))
+def endless(span: SpanRow) -> bool:
+    """Whether the record does not say how it ended: a stream that its reader left has an end."""
+    return span.status in ("open", "crashed") or (
+        span.status == "cancelled" and "result" not in span.attributes and not span.attributes.get("left")
+    )
 
 
 def _raised(span: SpanRow) -> BaseException:
@@ -189,18 +270,18 @@ def _raised(span: SpanRow) -> BaseException:
     kind, told = str(span.attributes.get("error_type", "")), str(span.error or "")
     module, _, name = kind.rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
-    text = told.removeprefix(f"{name}: ") if told != name else ""
+    given = span.attributes.get("error_args") or [told.removeprefix(f"{name}: ") if told != name else ""]
     if not (isinstance(found, type) and issubclass(found, Exception)):
         return RuntimeError(told)
     made: BaseException = found.__new__(found)
-    Exception.__init__(made, text)
+    Exception.__init__(made, *given)
     if isinstance(made, AgentOpsError):
         vars(made).update({"hint": "", **(span.attributes.get("error_fields") or {})})
     return made
 
 
 def _as_row(span: SpanRow) -> dict[str, Any]:
-    names = ("kind", "node", "step", "attempt", "attributes", "parent_id")
+    names = ("kind", "name", "node", "step", "attempt", "attributes", "parent_id")
     return {name: getattr(span, name) for name in names}
 
 
@@ -219,17 +300,19 @@ class ReplayedEngine:
 
     async def stream(self, request: Request) -> AsyncIterator[Delta | Generation]:
         given, parameters = asked(request)
-        span = await self._recording.take("generation", "generate", given, parameters)
+        span = self._recording.find("generation", "generate", given, {name: parameters.get(name) for name in PARAMETERS})
         if (result := span.attributes.get("result")) is not None:
             made = self._recording.content(result)
             answer = Generation(**{**made, "usage": Usage(**made["usage"]), "timing": Timing(**made["timing"])})
             answer = replace(answer, tokens=tuple(answer.tokens), logprobs=tuple(answer.logprobs))
-            if answer.text:
-                yield Delta(answer.text)
+            for text in _pieces(answer.text, span.attributes.get("pieces", ())):
+                yield Delta(text)
             yield answer
             return
         for text in span.attributes.get("partial", ()):
             yield Delta(str(text))
+        if endless(span):
+            await self._recording.held(span)
         if span.status == "error":
             raise _raised(span)
         # The caller left here.
@@ -248,6 +331,14 @@ class ReplayedEngine:
         return
 
 
+def _pieces(text: str, lengths: Sequence[int]) -> Iterator[str]:
+    """A text in the pieces in which it came, in one where that is not on record."""
+    place = 0
+    for length in lengths if sum(lengths) == len(text) else [len(text)]:
+        yield text[place : place + length]
+        place += length
+
+
 class ReplayedEmbedder:
     """An `Embedder` without a model."""
 
@@ -259,10 +350,10 @@ class ReplayedEmbedder:
 
     @property
     def dimensions(self) -> int:
-        raise _nothing("how long vectors are")
+        raise self._recording.told(_nothing("how long vectors are"))
 
     def count_tokens(self, text: str) -> int:
-        raise _nothing("how many tokens a text has for the embedder")
+        raise self._recording.told(_nothing("how many tokens a text has for the embedder"))
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         import numpy as np
@@ -271,7 +362,8 @@ class ReplayedEmbedder:
         if span.status == "error":
             raise _raised(span)
         vectors = [base64.b64decode(self._recording.content(one)) for one in self._recording.content(span.output_hash)]
-        return np.frombuffer(b"".join(vectors), np.float32).reshape(len(texts), -1).copy()
+        shape = len(texts), span.attributes["dimensions"] if not vectors else -1
+        return np.frombuffer(b"".join(vectors), np.float32).reshape(shape).copy()
 
 
 class ReplayedIndex:
@@ -332,14 +424,48 @@ class ReplayedStore(BaseStore):
         return None
 
 
+class _Quiet(logging.Filter):
+    """LangChain warns of what a handler raises; the end of a record is no fault."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return RecordEnded.__name__ not in record.getMessage()
+
+
+logging.getLogger("langchain_core.callbacks.manager").addFilter(_Quiet())
+
+
+class _Ends(AsyncCallbackHandler):
+    """Keeps a node from ending that has no end on record: what it would write is not there when the run is taken up again."""
+
+    raise_error = True
+
+    def __init__(self, recording: Recording, open_ends: dict[UUID, SpanRow]) -> None:
+        self._recording = recording
+        self._open_ends = open_ends
+
+    async def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        if (node := self._open_ends.pop(run_id, None)) is not None:
+            await self._recording.held(node)
+
+
 class ReplayedEffects(Effects):
     """Times, ids, random numbers and tools' results as they are on record."""
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
+        self._open_ends: dict[UUID, SpanRow] = {}
+
+    @property
+    def handlers(self) -> Sequence[BaseCallbackHandler]:  # type: ignore[override]
+        return (_Ends(self._recording, self._open_ends),)
+
+    def leaving(self, call: UUID, place: Way) -> None:
+        self._recording.left(place)
+        if (node := self._recording.cut(place)) is not None:
+            self._open_ends[call] = node
 
     def value(self, kind: str, make: Callable[[], T]) -> T:
-        noted: T = self._recording.noted(kind)
+        noted = self._recording.noted(kind, make)
         if (place := locate()) is not None:
             run, parent, _ = place
             run.note(parent, kind, noted)
@@ -355,6 +481,13 @@ class ReplayedEffects(Effects):
             raise self._recording.divergence(_here()[1], f"tool {call.name}, its code", was, code, "the tool is another one")
         if span.attributes.get("status") == "failed":
             return ToolResult(call, "failed", str(span.attributes["result"]))
+        if span.status == "interrupted":
+            raise self._recording.told(
+                RecordError(
+                    f"the tool {call.name} asks a person by itself, and a replay does not run it to ask again",
+                    hint="let the node ask, or give the tool the policy 'ask'",
+                )
+            )
         if span.status != "ok":
             raise _raised(span)
         return ToolResult(call, "ok", self._recording.content(span.output_hash))

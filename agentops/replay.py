@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from langgraph.cache.memory import InMemoryCache
+from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from agentops.clock import SystemClock, UlidSource
 from agentops.diff import Difference, Side, first_difference, unequal
-from agentops.errors import AgentOpsError, RecordError, ReplayDiverged, UsageError
+from agentops.errors import AgentOpsError, AnswerUnfit, RecordError, ReplayDiverged, UsageError
 from agentops.recording import (
     RecordEnded,
     Recording,
@@ -28,11 +29,12 @@ from agentops.recording import (
     ReplayedIndex,
     ReplayedStore,
     diverged,
+    endless,
 )
-from agentops.records import Budget, Interrupt
+from agentops.records import Budget
 from agentops.settings import Settings
 from agentops.store import CheckpointRow, RunRow, SpanRow, Store, open_store
-from agentops.tracer import catch_up, to_plain
+from agentops.tracer import catch_up
 
 _SHOWN = ("node", "question", "content")
 _UNBOUNDED = 10**9
@@ -148,7 +150,7 @@ class _Again:
         self._store = store
         self._row = row
         self._sittings = sittings
-        self._settings = _as_recorded(settings, home, row)
+        self._settings = replace(settings, paths=replace(settings.paths, home=home), record=replace(settings.record, url=""))
         if graph is None and row.graph.startswith("python:"):
             raise UsageError(
                 f"run {row.id} is of a graph object made in Python",
@@ -161,6 +163,7 @@ class _Again:
         else:
             loaded = graph if isinstance(graph, LoadedGraph) else adopt_graph(graph, row.graph.removeprefix("python:"))
         loaded = replace(loaded, reference=row.graph)
+        _refuse_own_threads(loaded.compiled, store.spans(row.id))
         # Its checkpoints and its cache are outside: those of the replay are thrown away.
         own = {"checkpointer": None, "cache": cache if loaded.compiled.cache is not None else None}
         self._graph = replace(loaded, compiled=loaded.compiled.copy(own))
@@ -170,7 +173,9 @@ class _Again:
             instead = [Prompt(name, text) for name, text in store.whole(key).items()]
             self._graph = replace(self._graph, prompts=loaded.prompts.replaced(instead))
         self._answered: Counter[str] = Counter()
-        self._ended = ""
+        self._unasked: Difference | None = None
+        self._ended: dict[str, str] = {}
+        """Workflow spans that have no end on record, and why."""
 
     def run(self) -> Replayed:
         gone: ReplayDiverged | None = None
@@ -189,9 +194,11 @@ class _Again:
                     gone = recording.trouble
                     break
                 case RecordEnded():
-                    self._ended = str(recording.trouble)
+                    self._ended[root.id] = str(recording.trouble)
                 case RecordError():
                     raise recording.trouble
+            if recording.trouble is None:
+                self._unasked = self._unasked or recording.unasked
         return self._compared(gone)
 
     def _sit(self, recording: Recording, place: int) -> None:
@@ -206,7 +213,7 @@ class _Again:
             seconds=float(_UNBOUNDED),
         )
         runtime = Runtime(
-            self._settings,
+            _as_recorded(self._settings, root.attributes.get("settings") or self._row.settings),
             engine=ReplayedEngine(recording),
             index=ReplayedIndex(recording),
             embedder=ReplayedEmbedder(recording),
@@ -224,27 +231,32 @@ class _Again:
                 return
             answers = given.get("answers") if isinstance(given, dict) else None
             values = {key: one["value"] for key, one in (answers or {}).items() if isinstance(one, dict) and "value" in one}
-            runtime.resume(self._row.id, answers=self._asked_again(values, place), graph=graph, budget=budget)
+            again = self._asked_again(values, place)
+            try:
+                runtime.resume(self._row.id, answers=again, graph=graph, budget=budget)
+            except AnswerUnfit:
+                # With a task that failed LangGraph keeps its answer, and with one whose process died it does not.
+                runtime.resume(self._row.id, graph=graph, budget=budget)
 
     def _asked_again(self, values: Mapping[str, Any], place: int) -> dict[str, Any]:
-        """The recorded answers by the ids that their interrupts have now, which are others in every run."""
-        asked: dict[str, Any] = {}
-        for root in self._sittings[:place]:
-            for one in self._store.whole(root.attributes["pending"]) if root.attributes.get("pending") else ():
-                asked[one["id"]] = one
+        """The recorded answers by the ids that their interrupts have now, which are others in every run. Those that look the same
+        are told apart by their place among each other."""
         with open_store(self._settings) as store:
-            waiting = list(store.pending(store.run(self._row.id)))
+            waiting = _waiting(store, _roots(store, self._row.id))
+        asked = _waiting(self._store, self._sittings[:place])
         found = {}
         for key, value in values.items():
-            old = asked.get(key, {})
-            new = next((one for one in waiting if _question(one) == {name: old.get(name) for name in _SHOWN}), None)
-            if new is None:
-                node, nearest = str(old.get("node", "")), next((one for one in waiting if one.node == old.get("node")), None)
-                path, one, two = unequal({name: old.get(name) for name in _SHOWN}, _question(nearest) if nearest else None)
+            old: Mapping[str, Any] = next((one for one in asked if one["id"] == key), {})
+            alike = [one["id"] for one in asked if _question(one) == _question(old)]
+            new = [one for one in waiting if _question(one) == _question(old)]
+            if key not in alike or len(new) <= alike.index(key):
+                node, nearest = str(old.get("node", "")), next((one for one in waiting if one["node"] == old.get("node")), None)
+                path, one, two = unequal(_question(old), _question(nearest) if nearest else None)
                 raise diverged(node, f"interrupt{path}", one, two, "something else is asked")
-            waiting.remove(new)
-            # What was shown is bound to the answer by a hash that the answer brings along.
-            found[new.id] = {name: item for name, item in value.items() if name != "of"} if isinstance(value, dict) else value
+            # What was shown is bound to an approval by a hash that the answer brings along.
+            bound = old.get("kind") == "approval" and isinstance(value, dict)
+            kept = {name: item for name, item in value.items() if name != "of"} if bound else value
+            found[new[alike.index(key)]["id"]] = kept
         return found
 
     def _compared(self, gone: ReplayDiverged | None) -> Replayed:
@@ -254,13 +266,23 @@ class _Again:
             again = new.run(run_id)
             again_roots = [span.id for span in _roots(new, run_id)]
             steps = tuple(_supersteps(self._store.checkpoints(run_id), new.checkpoints(run_id), roots, again_roots))
-            one = Side(self._store, run_id, roots, inside_tools=False)
-            two = Side(new, run_id, inside_tools=False)
+
+            def short(span: SpanRow) -> bool:
+                return span.root_id in self._ended and (span.kind == "workflow" or endless(span))
+
+            def stopped(span: SpanRow) -> bool:
+                return gone is not None and span.status in ("error", "cancelled")
+
+            one = Side(self._store, run_id, roots[: len(again_roots)], inside_tools=False, cut=short)
+            two = Side(new, run_id, inside_tools=False, cut=stopped)
             difference = first_difference(one, two)
-        if gone is not None:
+            same = self._row.output_hash == again.output_hash or one.content(self._row.output_hash) == two.content(
+                again.output_hash
+            )
+        if gone is not None and (difference is None or difference.node == gone.node):
             difference = Difference(gone.node, "", "", gone.field, gone.recorded, gone.new)
-        elif self._ended:
-            difference = None
+        difference = difference or self._unasked
+        ended = self._ended.get(roots[-1], "")
         complete = roots[-1] == _roots(self._store, run_id)[-1].id
         return Replayed(
             run_id=run_id,
@@ -269,10 +291,10 @@ class _Again:
             supersteps=steps,
             recorded_status=self._row.status,
             replayed_status=again.status,
-            output_same=bool(self._ended) or not complete or self._row.output_hash == again.output_hash,
+            output_same=bool(ended) or not complete or same,
             answered=dict(self._answered),
             difference=difference,
-            ended_early=self._ended,
+            ended_early=ended,
         )
 
 
@@ -280,10 +302,37 @@ def _roots(store: Store, run_id: str) -> list[SpanRow]:
     return sorted((span for span in store.spans(run_id) if span.kind == "workflow"), key=lambda span: (span.start_ns, span.id))
 
 
-def _question(asked: Interrupt) -> dict[str, Any]:
+def _refuse_own_threads(compiled: Any, spans: Sequence[SpanRow]) -> None:
+    """
+    Raises:
+        RecordError: a node called a graph with checkpoints of its own, which a replay would change.
+    """
+    by_id = {span.id: span for span in spans}
+    for span in spans:
+        above = by_id.get(span.parent_id or "")
+        while above is not None and above.kind != "node":
+            above = by_id.get(above.parent_id or "")
+        if above is None or not span.checkpoint_ns or span.kind != "node":
+            continue
+        # A graph that is called with a `configurable` of its own knows nothing of the one around it.
+        if not span.checkpoint_ns.startswith(above.checkpoint_ns or ""):
+            inner = [graph for _, graph in compiled.get_subgraphs(recurse=True)]
+            if not inner or any(isinstance(graph.checkpointer, BaseCheckpointSaver) for graph in inner):
+                raise RecordError(
+                    f"{above.name} calls a graph that keeps checkpoints of its own, which a replay would change",
+                    hint="without a thread and a checkpointer of its own it is recorded as part of the run",
+                )
+
+
+def _question(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a person sees of an interrupt; its id is another one in every run."""
-    shown: dict[str, Any] = to_plain({name: getattr(asked, name) for name in _SHOWN})
-    return shown
+    return {name: asked.get(name) for name in _SHOWN}
+
+
+def _waiting(store: Store, sittings: Sequence[SpanRow]) -> list[dict[str, Any]]:
+    """The interrupts that the last sitting which waited was left with."""
+    keys = [root.attributes["pending"] for root in sittings if root.attributes.get("pending")]
+    return list(store.whole(keys[-1])) if keys else []
 
 
 def _supersteps(
@@ -309,10 +358,11 @@ def _supersteps(
             yield Superstep(key[1], key[2], left, right)
 
 
-def _as_recorded(settings: Settings, home: Path, row: RunRow) -> Settings:
-    """The settings that the run was made with, in another home, and with nothing outside."""
-    made = replace(settings, paths=replace(settings.paths, home=home, files=None), flags={})
-    for key, value in row.settings.items():
+def _as_recorded(settings: Settings, recorded: Mapping[str, Any]) -> Settings:
+    """The settings that a sitting was made with, with nothing outside."""
+    sources = {**settings.sources, **dict.fromkeys(recorded, "the record")}
+    made = replace(settings, paths=replace(settings.paths, files=None), flags={}, sources=sources)
+    for key, value in recorded.items():
         section, _, name = key.partition(".")
         part = getattr(made, section, None)
         if part is not None and hasattr(part, name) and key != "tools.mcp":

@@ -513,8 +513,9 @@ class Runtime:
                 settings=details,
                 resumed=resumed,
                 meter=meter,
+                effects=self._effects,
             )
-            trace.foreign = self._effects.foreign
+            trace.annotate(settings=details)
             if context is not None:
                 context = _within(context, trace)
             loop = asyncio.get_running_loop()

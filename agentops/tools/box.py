@@ -26,7 +26,7 @@ from agentops.settings import ToolSettings
 from agentops.tools import arguments
 from agentops.tools.declare import effect_of, refuse_unfillable, schema_of, tool
 from agentops.tools.running import run, said
-from agentops.tracer import Effects, span
+from agentops.tracer import locate, span
 
 _BY_EFFECT: dict[Effect, Policy] = {"none": "allow", "read": "allow", "write": "ask"}
 
@@ -136,13 +136,10 @@ class Toolbox:
         words: tuple[Policy, ...] = ("deny", "ask", "allow")
         return next((word for word in words if name in getattr(settings, word)), own)
 
-    async def perform(
-        self, call: ToolCall, settings: ToolSettings | None = None, *, effects: Effects | None = None
-    ) -> ToolResult:
+    async def perform(self, call: ToolCall, settings: ToolSettings | None = None) -> ToolResult:
         """Runs a call under the policy and says what came of it; the record has one span of it. Call it from a node; where a
         person has to be asked, the run waits, and the node runs again from its beginning when there is an answer. Calls
-        that may have to wait are performed one after another, or answers would reach the wrong one. `effects` may put what is
-        on record in place of the tool."""
+        that may have to wait are performed one after another, or answers would reach the wrong one."""
         limits = settings or ToolSettings()
         if call.name not in self._tools:
             return _left(call, "failed", f"there is no tool '{call.name}'; {self._known()}")
@@ -178,7 +175,7 @@ class Toolbox:
         try:
             with span("tool", call.name, call.arguments) as handle:
                 handle.set(call=call.id, code=_code(one), **about)
-                result = await (effects or Effects()).tool(call, happen)
+                result = await (at[0].effects.tool(call, happen) if (at := locate()) else happen())
                 handle.set(status=result.status)
                 if result.status == "failed":
                     handle.set(result=result.content)
@@ -198,16 +195,21 @@ class Toolbox:
 
 def _code(declared: BaseTool) -> str:
     """The hash of a tool's schema and, where it can be read, its source: a replay says where another one stands in its place."""
-    function = getattr(declared, "func", None) or getattr(declared, "coroutine", None)
+    given = getattr(declared, "func", None) or getattr(declared, "coroutine", None)
+    functions: tuple[Any, ...] = (given,) if given else (type(declared)._run, type(declared)._arun)
     if isinstance(declared.args_schema, dict):
-        function = None  # of a server, whose source is elsewhere
-    try:
-        source = inspect.getsource(inspect.unwrap(function)) if function else ""
-    except (OSError, TypeError):
-        source = ""
+        functions = ()  # of a server, whose source is elsewhere
+    source = "".join(map(_source, functions))
     return content_hash(
         json.dumps([declared.name, declared.description, schema_of(declared), source], sort_keys=True, default=repr)
     )
+
+
+def _source(function: Any) -> str:
+    try:
+        return inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):
+        return ""
 
 
 def no_such_tool(where: str, name: str, whose: str, known: Iterable[str]) -> ToolError:

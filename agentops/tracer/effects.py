@@ -9,12 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
+from uuid import UUID
 
 from agentops.clock import Clock
 from agentops.records import ToolCall, ToolResult
-from agentops.tracer.trace import locate
+from agentops.tracer.trace import Way, locate
 
 if TYPE_CHECKING:
+    from langchain_core.callbacks import BaseCallbackHandler
     from langchain_core.tools import BaseTool
 
 T = TypeVar("T", int, float, str)
@@ -29,7 +31,9 @@ def repeats(what: str) -> int:
 
 
 class Effects:
-    """Effects that happen now."""
+    """Effects that happen now. `handlers` are told by LangChain what happens in the run, beside the tracer."""
+
+    handlers: Sequence[BaseCallbackHandler] = ()
 
     def value(self, kind: str, make: Callable[[], T]) -> T:
         """What `make` gives, a number or a text, on record under `kind`."""
@@ -48,7 +52,11 @@ class Effects:
         return None
 
     def foreign(self, kind: str, name: str) -> None:
-        """Called before a model, a tool or a retriever that a graph has brought itself is called."""
+        """Called before a model, a tool, a retriever or the like that a graph has brought itself is called; what it raises stops
+        the call."""
+
+    def leaving(self, call: UUID, place: Way) -> None:
+        """Called when a node is done or has failed, with its LangChain run id."""
 
     def random(self) -> float:
         """A random number from 0 up to 1."""

@@ -18,6 +18,7 @@ from agentops.errors import JournalFull
 from agentops.records import ExperimentStatus, PromptVersion, RunStatus, Score
 from agentops.settings import Settings
 from agentops.tracer.drain import Drainer
+from agentops.tracer.effects import Effects
 from agentops.tracer.journal import Event, Journal
 from agentops.tracer.meter import Meter
 from agentops.tracer.payload import encode, to_plain
@@ -52,11 +53,13 @@ class Tracer:
         resumed: bool = False,
         tags: tuple[str, ...] = (),
         meter: Meter | None = None,
+        effects: Effects | None = None,
     ) -> RunTrace:
         """Writes that the run is running, then gives the trace to record it with.
 
         A resumed run keeps what was stored when it began (graph, input, time of start); it gets one more workflow span,
-        whose input is what it was resumed with. `meter` refuses model calls beyond a budget.
+        whose input is what it was resumed with. `meter` refuses model calls beyond a budget; `effects` are what its nodes get
+        from outside, those that happen where none are given.
 
         Raises:
             JournalFull: the run must not start.
@@ -75,7 +78,7 @@ class Tracer:
             "settings": dict(settings or {}),
             "tags": list(tags),
         }
-        run = RunTrace(self, row, meter)
+        run = RunTrace(self, row, effects or Effects(), meter)
         run.start(f"{graph} (resumed)" if resumed else graph, input)
         return run
 

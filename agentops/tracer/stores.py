@@ -72,13 +72,14 @@ def told(op: Op) -> tuple[str, dict[str, Any]]:
     """The name of an operation, and what it is asked."""
     match op:
         case GetOp():
-            return "get", {"namespace": list(op.namespace), "key": op.key}
+            return "get", {"namespace": list(op.namespace), "key": op.key, "refresh_ttl": op.refresh_ttl}
         case SearchOp():
             asked = {"namespace": list(op.namespace_prefix), "query": op.query, "filter": op.filter}
-            return "search", {**asked, "limit": op.limit, "offset": op.offset}
+            return "search", {**asked, "limit": op.limit, "offset": op.offset, "refresh_ttl": op.refresh_ttl}
         case PutOp():
             name = "delete" if op.value is None else "put"
-            return name, {"namespace": list(op.namespace), "key": op.key, **({} if op.value is None else {"value": op.value})}
+            given = {} if op.value is None else {"value": op.value, "index": op.index, "ttl": op.ttl}
+            return name, {"namespace": list(op.namespace), "key": op.key, **given}
         case ListNamespacesOp():
             conditions = [{"match": one.match_type, "path": list(one.path)} for one in op.match_conditions or ()]
             return "list", {"conditions": conditions, "max_depth": op.max_depth, "limit": op.limit, "offset": op.offset}

@@ -182,6 +182,8 @@ class Taps(GraphCallbackHandler):
             if (first := next(inside, None)) is not None:
                 run.amend(self._cut.pop(first), error)
         if passed is None:
+            if closing.row["kind"] == "node":
+                run.effects.leaving(run_id, run.way(closing.id))
             run.close(closing, output=output, error=error)
             if isinstance(error, asyncio.CancelledError) and closing.row["kind"] == "node":
                 self._cut[str(closing.row.get("checkpoint_ns"))] = closing
@@ -215,7 +217,7 @@ class Taps(GraphCallbackHandler):
         run.admit()
         parameters = extra.get("invocation_params") or {}
         name = data.get("ls_model_name") or parameters.get("model") or parameters.get("model_name") or parameters.get("_type")
-        run.foreign("model", str(name or "of LangChain"))
+        run.effects.foreign("model", str(name or "of LangChain"))
         kept = {key.removeprefix("ls_"): data[key] for key in ("ls_provider", "ls_temperature", "ls_max_tokens") if key in data}
         opened = run.open(
             "generation", "generate", parent=parent, input=asked, attributes=kept, model=str(name) if name else None
@@ -302,7 +304,7 @@ class Taps(GraphCallbackHandler):
             run.bind(run_id, parent)
             return
         name = str((serialized or {}).get("name") or kwargs.get("name") or "tool")
-        run.foreign("tool", name)
+        run.effects.foreign("tool", name)
         attributes = {"tool_call_id": str(call)} if (call := kwargs.get("tool_call_id")) else None
         asked = inputs if inputs is not None else input_str
         opened = run.open("tool", name, parent=run.parent(parent_run_id), input=asked, attributes=attributes)
@@ -322,7 +324,7 @@ class Taps(GraphCallbackHandler):
     ) -> None:
         run = self.agentops_run
         name = str(kwargs.get("name") or (serialized or {}).get("name") or "retriever")
-        run.foreign("retriever", name)
+        run.effects.foreign("retriever", name)
         opened = run.open("retrieval", name, parent=run.parent(parent_run_id), input=query)
         run.bind(run_id, opened.id)
 

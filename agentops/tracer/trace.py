@@ -37,6 +37,7 @@ from agentops.tracer.meter import Meter
 from agentops.tracer.payload import public, state_hash
 
 if TYPE_CHECKING:
+    from agentops.tracer.effects import Effects
     from agentops.tracer.recorder import Tracer
     from agentops.tracer.taps import Taps
 
@@ -189,8 +190,9 @@ def carried(function: Callable[P, T]) -> Callable[P, T]:
 class RunTrace:
     """One run being recorded. Made by `Tracer.start_run`; all methods may be called from any thread."""
 
-    def __init__(self, tracer: Tracer, row: Event, meter: Meter | None = None) -> None:
+    def __init__(self, tracer: Tracer, row: Event, effects: Effects, meter: Meter | None = None) -> None:
         self.tracer = tracer
+        self.effects = effects
         self.run_id: str = row["id"]
         self.thread_id: str = row["thread_id"]
         self._row = row
@@ -208,9 +210,6 @@ class RunTrace:
         """The superstep of the outermost graph that is going on, as far as its checkpoints have told."""
         self._full: JournalFull | None = None
         self._root: Span | None = None
-        self.foreign: Callable[[str, str], None] = lambda kind, name: None
-        """Called with its kind and name before a model, tool or retriever that the graph has brought itself is called; what it
-        raises stops the call."""
 
     @cached_property
     def handler(self) -> Taps:
@@ -569,6 +568,8 @@ class RunTrace:
             row["error"] = _message(error)
             if isinstance(error, BaseException):
                 closing.set(error_type=f"{type(error).__module__}.{type(error).__qualname__}")
+                if error.args != (str(error),) and all(isinstance(one, bool | int | float | str | None) for one in error.args):
+                    closing.set(error_args=list(error.args))
                 if isinstance(error, AgentOpsError):
                     # What its handler may look at beside the words.
                     told = {name: value for name, value in vars(error).items() if isinstance(value, bool | int | float | str)}

@@ -52,13 +52,14 @@ class TracedEngine:
             try:
                 async for event in events:
                     if isinstance(event, Generation):
-                        _close_generation(run, call, event, len(chunks))
+                        _close_generation(run, call, event, chunks)
                     elif call.row["status"] == "open":
                         chunks.append(event.text)
                         run.token(event.text, call)
                     yield event
             except BaseException as error:
-                call.set(partial=chunks)
+                # A reader who leaves is another thing than a run that is cancelled, and a replay tells them apart.
+                call.set(partial=chunks, left=isinstance(error, GeneratorExit))
                 run.close(call, error=error)
                 raise
             run.close(call, error="the engine ended its stream without an answer")
@@ -88,15 +89,17 @@ class TracedEngine:
         await self._engine.close()
 
 
+PARAMETERS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+
+
 def asked(request: Request | ScoreRequest) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is recorded of a request: what the model is given, and the parameters that are not at "none"."""
     given: dict[str, Any] = {"text": request.text} if request.text is not None else {"messages": list(request.messages)}
     if isinstance(request, ScoreRequest):
         return {**given, "choices": list(request.choices)}, {}
-    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
     if request.constraint is not None:
         given["constraint"] = asdict(request.constraint)
-    return given, {name: value for name in names if (value := getattr(request, name)) not in (None, ())}
+    return given, {name: value for name in PARAMETERS if (value := getattr(request, name)) not in (None, ())}
 
 
 def _place(run: RunTrace | None) -> tuple[RunTrace, str, dict[str, Any]] | None:
@@ -116,8 +119,10 @@ def _keep_result(run: RunTrace, call: Span, result: Generation | Scores) -> None
     call.set(device=result.device, result=run.keep(result))
 
 
-def _close_generation(run: RunTrace, call: Span, answer: Generation, chunks: int) -> None:
-    call.set(finish_reason=answer.finish_reason, chunks=chunks)
+def _close_generation(run: RunTrace, call: Span, answer: Generation, chunks: Sequence[str]) -> None:
+    call.set(finish_reason=answer.finish_reason, chunks=len(chunks))
+    if "".join(chunks) == answer.text:
+        call.set(pieces=[len(chunk) for chunk in chunks])
     _keep_result(run, call, answer)
     status: SpanStatus = "cancelled" if answer.finish_reason == "cancelled" else "ok"
     run.close(call, status=status, output=answer.text, usage=answer.usage, timing=answer.timing, model=answer.model)
@@ -187,6 +192,7 @@ class TracedEmbedder:
         except BaseException as error:
             run.close(call, error=error)
             raise
+        call.set(dimensions=int(vectors.shape[1]))
         run.close(call, output=[run.keep(base64.b64encode(vector.tobytes()).decode()) for vector in vectors])
         return vectors
 

@@ -230,7 +230,7 @@ def test_a_replay_loads_no_model_and_calls_nothing(runtime: Runtime, settings: S
 
 CHANGES = [
     ('"tea"])', '"coffee"])', "look", "embedding embed, input[1]", "tea", "coffee"),
-    ("for _ in range(3)", "for _ in range(2)", "work / speak", "generation generate, input.text", "same", "other"),
+    ("for _ in range(3)", "for _ in range(2)", "look", "route", "work x 4", "work x 3"),
     ("temperature=1.0", "temperature=0.5", "work / speak", "generation generate, temperature", 1.0, 0.5),
     ('Request(text="long")', 'Request(text="short")', "part", "generation generate, input.text", "long", "short"),
     ('return {"draws": draws,', 'return {"draws": draws[:4],', "draw", "output.draws[4]", ..., None),
