@@ -122,16 +122,27 @@ def telling(saver: S, told: Told) -> S:
     """The same saver, over the same checkpoints, which calls `told` with every state that it saves."""
     twin: Any = copy.copy(saver)
 
+    def tell(config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata) -> None:
+        namespace = str(config.get("configurable", {}).get("checkpoint_ns", ""))
+        graph = "/".join(level.partition(":")[0] for level in namespace.split("|") if level)
+        told(graph, metadata.get("step", 0), metadata.get("source", "loop"), checkpoint["channel_values"])
+
     async def aput(
         config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata, new_versions: ChannelVersions
     ) -> RunnableConfig:
         saved = await saver.aput(config, checkpoint, metadata, new_versions)
-        namespace = str(config.get("configurable", {}).get("checkpoint_ns", ""))
-        graph = "/".join(level.partition(":")[0] for level in namespace.split("|") if level)
-        told(graph, metadata.get("step", 0), metadata.get("source", "loop"), checkpoint["channel_values"])
+        tell(config, checkpoint, metadata)
         return saved
 
-    twin.aput = aput
+    def put(
+        config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata, new_versions: ChannelVersions
+    ) -> RunnableConfig:
+        saved = saver.put(config, checkpoint, metadata, new_versions)
+        tell(config, checkpoint, metadata)
+        return saved
+
+    # A graph that a node calls synchronously writes its checkpoints so.
+    twin.aput, twin.put = aput, put
     return cast(S, twin)
 
 

@@ -506,6 +506,19 @@ def test_a_tool_that_asks_by_itself_is_refused(settings: Settings) -> None:
         again(settings, run.run_id, graph)
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_states_of_a_graph_that_is_called_synchronously_are_on_record(settings: Settings, own: bool) -> None:
+    inner: Any = StateGraph(State).add_node("i", lambda state: {"x": 1}).add_edge(START, "i").compile()
+
+    def calls(state: State) -> State:
+        return {"x": inner.invoke({"x": 0})["x"]}
+
+    graph = flow(calls).compile(checkpointer=InMemorySaver() if own else None)
+    found = again(settings, recorded(settings, graph, thread="t"), graph)
+    assert found.same
+    assert [step.graph for step in found.supersteps].count("calls") == 3
+
+
 def test_the_source_of_a_tool_that_is_a_class_counts(settings: Settings) -> None:
     from agentops.tools.box import _code
 
