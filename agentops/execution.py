@@ -48,7 +48,7 @@ async def standing(graph: LoadedGraph, settings: Settings, run_id: str, thread_i
         StoreBroken: the thread's checkpoints cannot be read.
     """
     config: Any = {"configurable": {"thread_id": thread_id}}
-    async with _checkpointed(graph, settings, thread_id) as compiled:
+    async with checkpointed(graph, settings, thread_id) as compiled:
         state = await compiled.aget_state(config)
         if (state.metadata or {}).get("run_id") == run_id:
             # A task whose writes were saved before its step ended is not in `next` but in `tasks`: it goes on too.
@@ -165,7 +165,7 @@ async def _invoke(
         "metadata": {"run_id": trace.run_id},
         "recursion_limit": meter.budget.steps,
     }
-    async with _checkpointed(graph, settings, trace.thread_id, trace.state) as plain:
+    async with checkpointed(graph, settings, trace.thread_id, trace.state) as plain:
         compiled = _tapped(plain, trace)
         if at == "over":
             reached.values = (await compiled.aget_state(config)).values
@@ -231,7 +231,7 @@ async def pending(graph: LoadedGraph, settings: Settings, thread_id: str, *, wai
     Raises:
         StoreBroken: the thread's checkpoints cannot be read.
     """
-    async with _checkpointed(graph, settings, thread_id) as compiled:
+    async with checkpointed(graph, settings, thread_id) as compiled:
         config: Any = {"configurable": {"thread_id": thread_id}}
         state = await compiled.aget_state(config, subgraphs=True)
         return pending_in(state, answered=frozenset() if waiting else await _answered(compiled, state))
@@ -262,7 +262,7 @@ def _tasks(state: StateSnapshot) -> dict[str, set[str]]:
 
 
 @asynccontextmanager
-async def _checkpointed(graph: LoadedGraph, settings: Settings, thread_id: str, told: Told | None = None) -> AsyncIterator[Any]:
+async def checkpointed(graph: LoadedGraph, settings: Settings, thread_id: str, told: Told | None = None) -> AsyncIterator[Any]:
     """The compiled graph with a checkpointer, its own or ours for the thread, which tells what it saves."""
     if own := graph.compiled.checkpointer:
         if told is None or own is True:

@@ -83,6 +83,18 @@ class Prompt:
         return tuple(Message(role, _HOLE.sub(fill, text)) for role, text in self.turns)
 
 
+def read_prompts(folder: Path) -> list[Prompt]:
+    """All prompts of a folder.
+
+    Raises:
+        PromptError: there is no such folder, none in it, or one that cannot be read.
+    """
+    library = PromptLibrary(folder)
+    if not library.names():
+        raise PromptError(f"there are no prompts in {folder}", hint="prompts are files like NAME.md in that folder")
+    return [library.get(name) for name in library.names()]
+
+
 class PromptLibrary:
     """The prompts of one folder, read when first asked for."""
 

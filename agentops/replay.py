@@ -94,6 +94,10 @@ def replay(
             mine = [root for root in sittings if root.run_id == row.id]
             if not mine:
                 continue
+            if "forked_from" in mine[0].attributes:
+                raise UsageError(
+                    f"run {row.id} is a fork and did not begin at the beginning", hint="a fork is run again with: agentops fork"
+                )
             again = _Again(store, settings, home, row, mine, graph, prompts, cache)
             found = again.run()
             if row.id in told:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from langgraph.types import Command
@@ -17,6 +18,7 @@ from agentops.errors import ThreadBusy, UsageError
 from agentops.execution import Standing, pending, standing
 from agentops.graph import LoadedGraph
 from agentops.people import Answers
+from agentops.prompts import Prompt
 from agentops.records import Interrupt, RunResult, content_hash
 from agentops.settings import Settings
 from agentops.store import RunRow, open_store
@@ -47,6 +49,16 @@ def check_same(row: RunRow, graph: LoadedGraph, thread_id: str, given: Any, sett
     ):
         if before != now:
             raise UsageError(f"run {row.id} is on record with another {what}", hint="a new run needs a new name")
+
+
+def as_recorded(graph: LoadedGraph, row: RunRow, settings: Settings) -> LoadedGraph:
+    """The graph with the prompts that the run was begun with in place of its own."""
+    if graph.prompts.instead:
+        return graph
+    with open_store(settings) as store:
+        kept = [span.attributes["prompts"] for span in store.spans(row.id) if "prompts" in span.attributes]
+        instead = store.whole(kept[0]) if kept else {}
+    return replace(graph, prompts=graph.prompts.replaced(Prompt(name, text) for name, text in instead.items()))
 
 
 def resumable(row: RunRow) -> RunRow:

@@ -24,15 +24,18 @@ from agentops.engine import Engine
 from agentops.errors import InputTooLarge, RetrieverUnavailable, RunCancelled, RunNotFound, UsageError
 from agentops.execution import Outcome, Standing, execute, standing
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
+from agentops.history import Origin, Snapshot, history, origin, plant
+from agentops.history import chosen as chosen_snapshot
 from agentops.parts import open_embedder, open_engine, open_index
 from agentops.people import Answers
+from agentops.prompts import read_prompts
 from agentops.records import Budget, RunEvent, RunResult, RunStarted
-from agentops.resumption import check_run_id, check_same, passed, result_of, resumable, taken_up
+from agentops.resumption import as_recorded, check_run_id, check_same, passed, result_of, resumable, taken_up
 from agentops.retrieval import Embedder, Index, LenientRetriever, collection_not_found
+from agentops.run_settings import check_tools, chosen, sound
 from agentops.settings import Settings, load_settings
 from agentops.store import RunRow, open_store
 from agentops.sync import iterate_sync, run_sync
-from agentops.tools import no_such_tool
 from agentops.tracer import (
     Effects,
     Meter,
@@ -267,17 +270,89 @@ class Runtime:
         """`aresume` for callers without an event loop."""
         return run_sync(self.aresume(run_id, answer=answer, answers=answers, graph=graph, budget=budget))
 
-    def stream_resume(
+    def stream_resume(self, run_id: str, **how: Any) -> Generator[RunEvent, None, None]:
+        """`astream_resume` for callers without an event loop; it takes the same."""
+        return iterate_sync(self.astream_resume(run_id, **how))
+
+    async def afork(
         self,
         run_id: str,
         *,
-        answer: Any = None,
-        answers: Mapping[str, Any] | None = None,
+        at: str | None = None,
+        step: int | None = None,
+        changes: Mapping[str, Any] | None = None,
+        prompts: Path | None = None,
         graph: Any = None,
         budget: Budget | None = None,
-    ) -> Generator[RunEvent, None, None]:
-        """`astream_resume` for callers without an event loop."""
-        return iterate_sync(self.astream_resume(run_id, answer=answer, answers=answers, graph=graph, budget=budget))
+    ) -> RunResult:
+        """A new run, on a new thread, that begins from a copy of a checkpoint of another run; models are called.
+
+        `at` is a checkpoint's id (see `history`), of a subgraph too; `step` a step of the graph itself; without them it is the
+        last one that has something after it. `changes` are new values of fields of the state there, in place of what their
+        reducers had made. `prompts` is a folder whose prompts replace the graph's of their names, `graph` the code to go on with.
+
+        Raises:
+            UsageError: there is no such checkpoint, nothing comes after it, or a field is none of the graph's.
+            ThreadBusy: the thread is in use.  PromptError.  Else as `arun`.
+        """
+        return await self._finish(self._fork(run_id, at, step, changes, prompts, graph, budget))
+
+    async def astream_fork(
+        self,
+        run_id: str,
+        *,
+        at: str | None = None,
+        step: int | None = None,
+        changes: Mapping[str, Any] | None = None,
+        prompts: Path | None = None,
+        graph: Any = None,
+        budget: Budget | None = None,
+    ) -> AsyncIterator[RunEvent]:
+        """Like `afork`, but yields what happens while it happens."""
+        async with contextlib.aclosing(self._fork(run_id, at, step, changes, prompts, graph, budget)) as events:
+            async for event in events:
+                yield event
+
+    async def ahistory(self, run_id: str | None = None, *, thread: str | None = None, graph: Any = None) -> list[Snapshot]:
+        """The checkpoints that a run wrote, or all of a thread, those of its subgraphs too, oldest first.
+
+        Raises:
+            RunNotFound, RecordError: there is none.  ThreadBusy: the thread is in use.
+        """
+        return (await self._thread(run_id, thread, graph))[1]
+
+    async def astate(
+        self,
+        run_id: str | None = None,
+        *,
+        thread: str | None = None,
+        at: str | None = None,
+        step: int | None = None,
+        graph: Any = None,
+    ) -> Snapshot:
+        """One checkpoint of a run or a thread, with its values: the newest of the graph itself, or `at` an id, or after a `step`.
+
+        Raises:
+            UsageError: there is none.  Else as `ahistory`.
+        """
+        name, found = await self._thread(run_id, thread, graph)
+        return chosen_snapshot(found, at=at, step=step, where=name)
+
+    def fork(self, run_id: str, **how: Any) -> RunResult:
+        """`afork` for callers without an event loop; it takes the same."""
+        return run_sync(self.afork(run_id, **how))
+
+    def stream_fork(self, run_id: str, **how: Any) -> Generator[RunEvent, None, None]:
+        """`astream_fork` for callers without an event loop; it takes the same."""
+        return iterate_sync(self.astream_fork(run_id, **how))
+
+    def history(self, run_id: str | None = None, *, thread: str | None = None, graph: Any = None) -> list[Snapshot]:
+        """`ahistory` for callers without an event loop."""
+        return run_sync(self.ahistory(run_id, thread=thread, graph=graph))
+
+    def state(self, run_id: str | None = None, **which: Any) -> Snapshot:
+        """`astate` for callers without an event loop; it takes the same."""
+        return run_sync(self.astate(run_id, **which))
 
     def cancel(self, run_id: str) -> str:
         """Asks a run at work to stop, in whatever process of this machine it is; returns its id at once. It stops within a token
@@ -369,8 +444,8 @@ class Runtime:
             check_run_id(run_id)
             thread = thread or f"th_{run_id.removeprefix('run_')}"  # the same whenever it is delivered
         thread_id = check_thread_id(thread) if thread else self._ids.new("th")
-        details = self._details({}, {"retrieval.collection": collection})
-        self._check_tools(graph, details)
+        details = chosen(self.settings, {}, {"retrieval.collection": collection})
+        check_tools(self.settings, graph, details)
         if run_id is not None:
             return self._deliver(graph, input, run_id, thread_id, details, budget, collection)
         return self._go(graph, input, self._ids.new("run"), thread_id, details, budget, collection)
@@ -407,19 +482,6 @@ class Runtime:
             return None
         return row if row.id == run_id else None
 
-    def _check_tools(self, graph: LoadedGraph, details: Mapping[str, Any]) -> None:
-        """Says that a file of servers cannot be used, or that the command line allows or denies a tool that is not there,
-        before anything is loaded for nothing. The tools of servers are looked at when these have started."""
-        servers: list[str] = []
-        if details["tools.mcp"] and graph.uses_context:
-            from agentops.tools.mcp import server_names
-
-            servers = server_names(Path(details["tools.mcp"]))
-        for word in ("allow", "ask", "deny"):
-            for name in self.settings.flags.get(f"tools.{word}", ()):
-                if name not in graph.tools and not name.startswith(tuple(f"{server}_" for server in servers)):
-                    raise no_such_tool(f"--{word}", name, f"graph '{graph.name}'", graph.tools)
-
     def _check_collection(self, collection: str) -> None:
         """Says that a collection is not there before a model is loaded for nothing."""
         try:
@@ -433,31 +495,60 @@ class Runtime:
 
     async def _again(self, run_id: str, answers: Answers, graph: Any, budget: Budget | None) -> AsyncGenerator[RunEvent, None]:
         row = resumable(await asyncio.to_thread(self._find, run_id))
-        if graph is None and row.graph.startswith("python:"):
-            raise UsageError(
-                f"run {row.id} is of a graph object made in Python", hint="resume it there: runtime.resume(run, graph=graph)"
-            )
-        loaded = self._load(graph) if graph is not None else load_graph(row.graph, recorded=True)
-        details = self._details(row.settings, {})
-        self._check_tools(loaded, details)
+        loaded = as_recorded(self._graph_of(row, graph), row, self.settings)
+        details = chosen(self.settings, row.settings, {})
+        check_tools(self.settings, loaded, details)
         async with contextlib.aclosing(self._go(loaded, answers, row.id, row.thread_id, details, budget)) as events:
             async for event in events:
                 yield event
 
-    def _details(self, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings a run is made with, kept on record: given now, or set by the user, or as they were before, or default."""
-        details = {}
-        for key in ("model.name", "retrieval.retriever", "retrieval.collection", "retrieval.k", "run.seed", "run.trim"):
-            chosen = self.settings.get(key) if self.settings.source(key) != "default" else recorded.get(key)
-            details[key] = given.get(key) or (chosen if chosen is not None else self.settings.get(key))
-        own = self.settings.tools
-        # What was forbidden when a run began is not allowed by taking it up again elsewhere.
-        for word in ("deny", "ask"):
-            details[f"tools.{word}"] = sorted({*getattr(own, word), *recorded.get(f"tools.{word}", ())})
-        details["tools.allow"] = list(own.allow or recorded.get("tools.allow", ()))
-        mcp = own.mcp or recorded.get("tools.mcp")
-        details["tools.mcp"] = str(mcp) if mcp else None
-        return details
+    async def _fork(
+        self,
+        run_id: str,
+        at: str | None,
+        step: int | None,
+        changes: Mapping[str, Any] | None,
+        prompts: Path | None,
+        graph: Any,
+        budget: Budget | None,
+    ) -> AsyncGenerator[RunEvent, None]:
+        row = await asyncio.to_thread(self._find, run_id)
+        loaded = as_recorded(self._graph_of(row, graph), row, self.settings)
+        if prompts is not None:
+            loaded = replace(loaded, prompts=loaded.prompts.replaced(read_prompts(prompts)))
+        with lease(self.settings, row.thread_id):
+            begin = await origin(loaded, self.settings, row.thread_id, row.id, at=at, step=step, changes=changes)
+        details = chosen(self.settings, row.settings, {})
+        check_tools(self.settings, loaded, details)
+        new = self._ids.new("run"), self._ids.new("th")
+        async with contextlib.aclosing(self._go(loaded, begin, *new, details, budget)) as events:
+            async for event in events:
+                yield event
+
+    async def _thread(self, run_id: str | None, thread: str | None, graph: Any) -> tuple[str, list[Snapshot]]:
+        """What a run or a thread is called, and its checkpoints."""
+        if (run_id is None) == (thread is None):
+            raise UsageError("give a run or a thread", hint="agentops history RUN, or agentops history --thread THREAD")
+        row = await asyncio.to_thread(self._find, run_id) if run_id else await asyncio.to_thread(self._newest, str(thread))
+        loaded = self._graph_of(row, graph)
+        with lease(self.settings, row.thread_id):
+            found = await history(loaded, self.settings, row.thread_id)
+        if run_id is None:
+            return f"thread {thread}", found
+        return f"run {row.id}", [one for one in found if one.run_id == row.id]
+
+    def _newest(self, thread: str) -> RunRow:
+        catch_up(self.settings)
+        with open_store(self.settings) as store:
+            store.thread(thread)
+            return store.runs(thread=thread, limit=1)[0]
+
+    def _graph_of(self, row: RunRow, graph: Any) -> LoadedGraph:
+        if graph is not None:
+            return self._load(graph)
+        if row.graph.startswith("python:"):
+            raise UsageError(f"run {row.id} is of a graph object made in Python", hint="do it there, and give the graph=")
+        return load_graph(row.graph, recorded=True)
 
     def _find(self, run_id: str) -> RunRow:
         self._tracer.flush()
@@ -487,17 +578,20 @@ class Runtime:
         *,
         delivered: bool = False,
     ) -> AsyncGenerator[RunEvent, None]:
-        budget = _sound(budget) if budget else Budget(**asdict(self.settings.budget))
+        budget = sound(budget) if budget else Budget(**asdict(self.settings.budget))
         if collection is not None and graph.uses_context:
             await asyncio.to_thread(self._check_collection, collection)
         resumed = isinstance(input, Answers)
         with lease(self.settings, thread_id):
             at: Standing = "unborn"
-            told = input
+            told, about = input, {}
             if isinstance(input, Answers):
                 # Only under the lease is it sure how the run ended.
                 row = resumable(await asyncio.to_thread(self._find, run_id))
                 input, told, at = await taken_up(graph, self.settings, row, input)  # noqa: A001
+            elif isinstance(input, Origin):
+                await plant(input, graph, self.settings, run_id, thread_id)
+                about, told, at = input.told, {**input.told, "changes": dict(input.changes)}, "open"
             elif delivered:
                 # Another process may have begun it since the record was asked, or could not put that into the store.
                 resumed = (at := await standing(graph, self.settings, run_id, thread_id)) != "unborn"
@@ -515,7 +609,7 @@ class Runtime:
                 meter=meter,
                 effects=self._effects,
             )
-            trace.annotate(settings=details)
+            trace.annotate(settings=details, **about)
             if context is not None:
                 context = _within(context, trace)
             loop = asyncio.get_running_loop()
@@ -590,13 +684,6 @@ def _within(context: Context, trace: RunTrace) -> Context:
         retriever=retriever.within(trace),
         embedder=cast(TracedEmbedder, embedder).within(trace),
     )
-
-
-def _sound(budget: Budget) -> Budget:
-    for name, value in asdict(budget).items():
-        if not value > 0:
-            raise UsageError(f"a budget of {value} {name} lets nothing run", hint="give more than 0")
-    return budget
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[RunEvent | None], event: RunEvent) -> None:

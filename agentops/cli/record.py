@@ -261,7 +261,7 @@ def _as_json(store: Store, run: RunRow, spans: list[SpanRow], full: set[str]) ->
 def _print_run(console: Console, store: Store, run: RunRow, spans: list[SpanRow]) -> None:
     from rich.text import Text
 
-    from agentops.cli.render import one_line, run_header, trace_tree
+    from agentops.cli.render import clean, one_line, run_header, trace_tree
     from agentops.clock import SystemClock
 
     for line in run_header(run):
@@ -271,6 +271,11 @@ def _print_run(console: Console, store: Store, run: RunRow, spans: list[SpanRow]
             shown = _content(store, content)
             text = shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
             console.print(Text.assemble((f"{name:8} ", "dim"), one_line(text, max(80, console.width) - 10)))
+    root = next((span.attributes for span in spans if "forked_from" in span.attributes), None)
+    if root is not None:
+        inside = f" of {root['forked_in']}" if "forked_in" in root else ""
+        began = f"{root['forked_from']}, after step {root['forked_step']}{inside} (checkpoint {root['forked_at']})"
+        console.print(Text.assemble((f"{'fork of':8} ", "dim"), clean(began)))
     balance = store.balance(run.id)
     told = f"{balance.emitted} spans emitted, {balance.stored} stored, {balance.truncated} payloads truncated"
     if balance.faults:

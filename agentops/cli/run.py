@@ -1,4 +1,4 @@
-"""`agentops run`, `resume` and `cancel`: starts graphs, shows them at work, and stops them."""
+"""`agentops run`, `resume`, `fork` and `cancel`: starts graphs, shows them at work, and stops them."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ _STOPPING_S = 10.0
 def register(app: typer.Typer) -> None:
     app.command("run")(run)
     app.command("resume")(resume)
+    app.command("fork")(fork)
     app.command("cancel")(cancel)
 
 
@@ -99,7 +100,7 @@ def run(
         "retrieval.retriever": retriever,
         "elasticsearch.url": es_url,
     }
-    with _runtime(flags, quiet=quiet) as runtime:
+    with open_runtime(flags, quiet=quiet) as runtime:
         events = runtime.stream(graph, given, thread=thread, collection=collection, run_id=run_id)
         follow(events, quiet=quiet, as_json=as_json, files=runtime.settings.files)
 
@@ -154,9 +155,60 @@ def resume(
         "retrieval.retriever": retriever,
         "elasticsearch.url": es_url,
     }
-    with _runtime(flags, quiet=quiet) as runtime:
+    with open_runtime(flags, quiet=quiet) as runtime:
         events = runtime.stream_resume(run_id, answer=said, answers=by_id)
         follow(events, quiet=quiet, as_json=as_json, files=runtime.settings.files)
+
+
+def fork(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of the run to fork, a unique beginning of it, or 'last'.")],
+    at: Annotated[
+        str | None, typer.Option("--at", help="The checkpoint to begin at, of a subgraph too (see: agentops history).")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", help="Begin after this step. Default: the last that has something after it.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="FIELD=JSON: another value in the state there. Repeat for several.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A folder of prompts in place of those of their names that the graph has.")
+    ] = None,
+    graph: Annotated[
+        str | None, typer.Option(help="Go on with this graph instead: a name or path/to/file.py:attribute.", autocompletion=names)
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Another model than the run began with.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed of sampling.")] = None,
+    max_steps: MaxSteps = None,
+    max_model_calls: MaxModelCalls = None,
+    max_tokens: MaxTokens = None,
+    max_seconds: MaxSeconds = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Begin a new run, on a new thread, from a checkpoint of another one. Models are called; the other run stays as it is."""
+    if at is not None and step is not None:
+        raise UsageError("give one of --at and --step", hint="--at takes any checkpoint, --step one of the graph itself")
+    flags = {
+        "model.name": model,
+        "run.seed": seed,
+        "budget.steps": max_steps,
+        "budget.model_calls": max_model_calls,
+        "budget.tokens": max_tokens,
+        "budget.seconds": max_seconds,
+    }
+    given = dict(_change(one) for one in changes or ())
+    with open_runtime(flags, quiet=quiet) as runtime:
+        events = runtime.stream_fork(run_id, at=at, step=step, changes=given, prompts=prompts, graph=graph)
+        follow(events, quiet=quiet, as_json=as_json, files=runtime.settings.files)
+
+
+def _change(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        raise UsageError(f"--set {text[:80]!r} is no FIELD=JSON", hint="""--set 'question="why?"' or --set 'k=3'""") from None
 
 
 def cancel(
@@ -236,7 +288,7 @@ def _read_input(text: str | None, file: Path | None) -> str:
 
 
 @contextlib.contextmanager
-def _runtime(flags: dict[str, Any], *, quiet: bool) -> Iterator[Any]:
+def open_runtime(flags: dict[str, Any], *, quiet: bool) -> Iterator[Any]:
     from agentops.cli.progress import stages
     from agentops.settings import load_settings
 
