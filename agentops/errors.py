@@ -20,7 +20,7 @@
     │   ├── GraphNotFound
     │   ├── GraphBroken               the user's file does not import; carries file and line
     │   ├── NodeFailed                a node raised while the graph ran
-    │   └── BudgetSpent               the run has had its steps, model calls, tokens or seconds
+    │   └── BudgetSpent               the run has had its steps, model calls, tokens, seconds or money
     ├── PromptError
     ├── ToolError                     tools of one name, or a server of tools that does not start
     ├── RetrievalError
@@ -161,11 +161,13 @@ class NodeFailed(GraphError):
 
 
 class BudgetSpent(GraphError):
-    """The run has had what it may have of `budget` ("steps", "model_calls", "tokens" or "seconds"). It can be resumed."""
+    """The run has had what it may have of `budget` ("steps", "model_calls", "tokens", "seconds" or
+    "money"), or its `node` has, where one is named. It can be resumed."""
 
-    def __init__(self, message: str, *, budget: str, hint: str = "") -> None:
+    def __init__(self, message: str, *, budget: str, node: str = "", hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.budget = budget
+        self.node = node
 
 
 class ToolError(AgentOpsError):

@@ -11,7 +11,7 @@ import sqlite3
 import sysconfig
 import traceback
 from collections.abc import AsyncIterator, Collection
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -173,10 +173,12 @@ async def _invoke(
         if at == "open" and not isinstance(input, Command):
             input = None  # noqa: A001 - the checkpoint holds the state; what is on record of the input is text
         spent: str | None = None
+        loop = asyncio.get_running_loop()
         config["configurable"] |= told_of_stream(trace, compiled.store)
         how: Any = {"context": context, "control": control, "durability": DURABILITY}
         try:
             async with asyncio.timeout(meter.budget.seconds) as limit:
+                meter.watch = lambda: loop.call_soon_threadsafe(_set, limit, loop, meter)
                 output = await compiled.ainvoke(input, config, **how)
         except TimeoutError:
             if not limit.expired():
@@ -202,6 +204,11 @@ async def _invoke(
         reached.pending = pending_in(await compiled.aget_state(config, subgraphs=True))
         waiting = reached.pending and isinstance(output, dict)
         reached.values = {key: value for key, value in output.items() if key != "__interrupt__"} if waiting else output
+
+
+def _set(limit: asyncio.Timeout, loop: asyncio.AbstractEventLoop, meter: Meter) -> None:
+    with suppress(RuntimeError):  # it is over
+        limit.reschedule(loop.time() + meter.seconds_left())
 
 
 def pending_in(

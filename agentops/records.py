@@ -345,14 +345,30 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeBudget:
+    """What a node may cost in one sitting of a run; 0 is no limit. `steps` is how often it may begin, `seconds` how long it may
+    take each time; the rest is for all its tasks together, with what is called inside of it."""
+
+    steps: int = 0
+    model_calls: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    money: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Budget:
     """What one sitting of a run (from its start, or from where it is taken up again, to its next pause) may cost.
-    `steps` are supersteps of the graph, `model_calls` generations and scorings, `tokens` those computed and those put out."""
+    `steps` are supersteps of the graph, `model_calls` generations and scorings, `tokens` those computed and those put out.
+    `money` is what the prices in the settings make of them, 0 no limit; a model without a price does not count. `nodes` are
+    limits of single nodes by their names."""
 
     steps: int
     model_calls: int
     tokens: int
     seconds: float
+    money: float = 0.0
+    nodes: Mapping[str, NodeBudget] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

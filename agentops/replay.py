@@ -31,7 +31,7 @@ from agentops.recording import (
     diverged,
     endless,
 )
-from agentops.records import Budget
+from agentops.records import Budget, NodeBudget
 from agentops.settings import Settings
 from agentops.store import CheckpointRow, RunRow, SpanRow, Store, open_store
 from agentops.tracer import catch_up
@@ -215,6 +215,7 @@ class _Again:
             model_calls=int(limits.get("model_calls", _UNBOUNDED)),
             tokens=int(limits.get("tokens", _UNBOUNDED)),
             seconds=float(_UNBOUNDED),
+            nodes={name: replace(NodeBudget(**one), seconds=0.0, money=0.0) for name, one in limits.get("nodes", {}).items()},
         )
         runtime = Runtime(
             _as_recorded(self._settings, root.attributes.get("settings") or self._row.settings),

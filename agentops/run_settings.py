@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from agentops.errors import UsageError
+from agentops.errors import SettingsError, UsageError
 from agentops.graph import LoadedGraph
-from agentops.records import Budget
+from agentops.records import Budget, NodeBudget
 from agentops.settings import Settings
 from agentops.tools import no_such_tool
 
@@ -53,7 +53,30 @@ def sound(budget: Budget) -> Budget:
     Raises:
         UsageError: it lets nothing run.
     """
-    for name, value in asdict(budget).items():
-        if not value > 0:
+    for name in ("steps", "model_calls", "tokens", "seconds"):
+        if not (value := getattr(budget, name)) > 0:
             raise UsageError(f"a budget of {value} {name} lets nothing run", hint="give more than 0")
     return budget
+
+
+def budget_of(settings: Settings) -> Budget:
+    """
+    Raises:
+        SettingsError: a limit of a node is none.
+    """
+    own, nodes = settings.budget, dict[str, NodeBudget]()
+    for line in own.nodes:
+        place, _, number = line.partition("=")
+        node, _, what = place.strip().rpartition(".")
+        try:
+            if not node or what not in get_type_hints(NodeBudget) or not float(number) > 0:
+                raise ValueError
+            kind = get_type_hints(NodeBudget)[what]
+            nodes[node] = replace(nodes.get(node, NodeBudget()), **{what: kind(number)})
+        except ValueError:
+            words = ", ".join(get_type_hints(NodeBudget))
+            raise SettingsError(
+                f"{settings.source('budget.nodes')}: {line!r} is no limit of a node",
+                hint=f"NODE.WHAT=NUMBER, with one of {words}",
+            ) from None
+    return Budget(own.steps, own.model_calls, own.tokens, own.seconds, own.money, nodes)

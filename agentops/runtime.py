@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -28,11 +28,12 @@ from agentops.history import Origin, Snapshot, history, origin, plant
 from agentops.history import chosen as chosen_snapshot
 from agentops.parts import open_embedder, open_engine, open_index
 from agentops.people import Answers
+from agentops.prices import read_prices
 from agentops.prompts import read_prompts
 from agentops.records import Budget, RunEvent, RunResult, RunStarted
 from agentops.resumption import as_recorded, check_run_id, check_same, passed, result_of, resumable, taken_up
 from agentops.retrieval import Embedder, Index, LenientRetriever, collection_not_found
-from agentops.run_settings import check_tools, chosen, sound
+from agentops.run_settings import budget_of, check_tools, chosen, sound
 from agentops.settings import Settings, load_settings
 from agentops.store import RunRow, open_store
 from agentops.sync import iterate_sync, run_sync
@@ -578,7 +579,7 @@ class Runtime:
         *,
         delivered: bool = False,
     ) -> AsyncGenerator[RunEvent, None]:
-        budget = sound(budget) if budget else Budget(**asdict(self.settings.budget))
+        budget = sound(budget or budget_of(self.settings))
         if collection is not None and graph.uses_context:
             await asyncio.to_thread(self._check_collection, collection)
         resumed = isinstance(input, Answers)
@@ -598,7 +599,7 @@ class Runtime:
                 if at == "passed":
                     raise passed(run_id, thread_id)
             context = await asyncio.to_thread(self._context, graph, details) if graph.uses_context else None
-            meter = Meter(budget, self._clock)
+            meter = Meter(budget, self._clock, read_prices(self.settings.cost.prices))
             trace = self._tracer.start_run(
                 run_id=run_id,
                 thread_id=thread_id,

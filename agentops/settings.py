@@ -95,6 +95,8 @@ class BudgetSettings:
     model_calls: int = _about("model calls after which a run is stopped", 500, low=1, high=1_000_000_000)
     tokens: int = _about("computed and output tokens after which a run is stopped", 1_000_000, low=1, high=10**15)
     seconds: float = _about("time after which a run is stopped", 3_600.0, low=0.01, high=10_000_000)
+    money: float = _about("cost after which a run is stopped, by cost.prices; 0 is no limit", 0.0, low=0, high=10**12)
+    nodes: tuple[str, ...] = _about("limits of single nodes: write.tokens=500, or steps, model_calls, seconds, money", ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,8 @@ _FLAGS = {
     "budget.model_calls": "--max-model-calls",
     "budget.tokens": "--max-tokens",
     "budget.seconds": "--max-seconds",
+    "budget.money": "--max-money",
+    "budget.nodes": "--max-of-node",
 }
 
 

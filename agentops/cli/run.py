@@ -36,6 +36,10 @@ MaxTokens = Annotated[
     int | None, typer.Option("--max-tokens", help="Stop after so many computed and output tokens; calls under way still end.")
 ]
 MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Stop after this time.")]
+MaxMoney = Annotated[float | None, typer.Option("--max-money", help="Stop after this cost, by the setting cost.prices.")]
+MaxOfNode = Annotated[
+    list[str] | None, typer.Option("--max-of-node", help="NODE.WHAT=N: stop when a node has had so much. Repeat for several.")
+]
 Retriever = Annotated[str | None, typer.Option("--retriever", help="Where documents are: embedded or elasticsearch.")]
 EsUrl = Annotated[str | None, typer.Option("--es-url", help="Address of the Elasticsearch server.")]
 
@@ -78,6 +82,8 @@ def run(
     max_model_calls: MaxModelCalls = None,
     max_tokens: MaxTokens = None,
     max_seconds: MaxSeconds = None,
+    max_money: MaxMoney = None,
+    max_of_node: MaxOfNode = None,
     retriever: Retriever = None,
     es_url: EsUrl = None,
     quiet: Quiet = False,
@@ -97,6 +103,8 @@ def run(
         "budget.model_calls": max_model_calls,
         "budget.tokens": max_tokens,
         "budget.seconds": max_seconds,
+        "budget.money": max_money,
+        "budget.nodes": max_of_node or None,
         "retrieval.retriever": retriever,
         "elasticsearch.url": es_url,
     }
@@ -128,6 +136,8 @@ def resume(
     max_model_calls: MaxModelCalls = None,
     max_tokens: MaxTokens = None,
     max_seconds: MaxSeconds = None,
+    max_money: MaxMoney = None,
+    max_of_node: MaxOfNode = None,
     retriever: Retriever = None,
     es_url: EsUrl = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Another model than the run began with.")] = None,
@@ -152,6 +162,8 @@ def resume(
         "budget.model_calls": max_model_calls,
         "budget.tokens": max_tokens,
         "budget.seconds": max_seconds,
+        "budget.money": max_money,
+        "budget.nodes": max_of_node or None,
         "retrieval.retriever": retriever,
         "elasticsearch.url": es_url,
     }
@@ -183,6 +195,8 @@ def fork(
     max_model_calls: MaxModelCalls = None,
     max_tokens: MaxTokens = None,
     max_seconds: MaxSeconds = None,
+    max_money: MaxMoney = None,
+    max_of_node: MaxOfNode = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -196,6 +210,8 @@ def fork(
         "budget.model_calls": max_model_calls,
         "budget.tokens": max_tokens,
         "budget.seconds": max_seconds,
+        "budget.money": max_money,
+        "budget.nodes": max_of_node or None,
     }
     given = dict(_change(one) for one in changes or ())
     with open_runtime(flags, quiet=quiet) as runtime:

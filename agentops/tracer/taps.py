@@ -214,7 +214,7 @@ class Taps(GraphCallbackHandler):
             # The engine beneath it is wrapped and records the call itself.
             run.bind(run_id, parent)
             return
-        run.admit()
+        run.admit(parent)
         parameters = extra.get("invocation_params") or {}
         name = data.get("ls_model_name") or parameters.get("model") or parameters.get("model_name") or parameters.get("_type")
         run.effects.foreign("model", str(name or "of LangChain"))

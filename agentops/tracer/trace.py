@@ -232,14 +232,14 @@ class RunTrace:
         """Calls back with every step's start and end and every token, in the thread where they happen."""
         self._listeners.append(callback)
 
-    def admit(self) -> None:
-        """To be called before every model call.
+    def admit(self, parent: str) -> None:
+        """To be called before every model call, with the span it is made in.
 
         Raises:
             BudgetSpent: the run may make no more of them.
         """
         if self._meter is not None:
-            self._meter.admit()
+            self._meter.admit(self._nodes(parent))
 
     def check(self) -> None:
         """
@@ -364,6 +364,9 @@ class RunTrace:
         with self._lock:
             return way(span_id, lambda key: held.row if (held := self._open.get(key)) else None)
 
+    def _nodes(self, span_id: str) -> set[str]:
+        return {node for node, *_ in self.way(span_id)}
+
     def annotate(self, **attributes: Any) -> None:
         """Attributes of the workflow span, written with its end."""
         if self._root is not None:
@@ -452,6 +455,8 @@ class RunTrace:
             if not path:
                 self._meter.step(columns.get("step", 0))
         opened = self._make(kind, name, parent, path, started, columns)
+        if kind == "node" and self._meter is not None:
+            self._meter.entered(str(opened.row["node"]), opened.id)
         self._guarded(self._begin, opened, input, attributes or {})
         if kind == "node":
             self._tell(StepStarted(self.run_id, opened.row["node"], opened.row.get("step", 0), opened.path, opened.id))
@@ -529,7 +534,10 @@ class RunTrace:
             if usage is not None:
                 self._usage += usage
                 if self._meter is not None:
-                    self._meter.used(self._usage)
+                    model = str(columns.get("model") or closing.row.get("model") or "")
+                    self._meter.used(usage, model, self._nodes(closing.row["parent_id"]))
+            if self._meter is not None:
+                self._meter.left(closing.id)
         status = status or _status_of(error)
         closing.row.update(columns)
         self._guarded(self._finish, closing, status, error if status == "error" else None, usage, timing)

@@ -46,7 +46,7 @@ class TracedEngine:
                     yield event
                 return
             run, parent, notes = place
-            run.admit()
+            run.admit(parent)
             call = _open(run, parent, "generate", request, self._engine.info, notes)
             chunks: list[str] = []
             try:
@@ -73,7 +73,7 @@ class TracedEngine:
         if place is None:
             return await self._engine.score(request)
         run, parent, notes = place
-        run.admit()
+        run.admit(parent)
         call = _open(run, parent, "score", request, self._engine.info, notes)
         try:
             scores = await self._engine.score(request)

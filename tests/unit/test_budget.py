@@ -23,9 +23,10 @@ from langgraph.runtime import Runtime as Given
 
 from agentops import Context, Runtime, ScriptedEngine, Settings
 from agentops.engine import generate
-from agentops.errors import BudgetSpent, NodeFailed, UsageError
-from agentops.records import Budget, Message, Request, RunResult
+from agentops.errors import BudgetSpent, NodeFailed, SettingsError, UsageError
+from agentops.records import Budget, Message, NodeBudget, Request, RunResult
 from agentops.retrieval.embed import HashEmbedder
+from agentops.run_settings import budget_of
 from agentops.store import RunRow, open_store
 from agentops.tracer import catch_up
 
@@ -249,3 +250,79 @@ def test_a_limit_that_a_node_sets_for_a_graph_of_its_own_is_not_taken_for_ours(r
 def test_a_budget_that_lets_nothing_run_is_refused(runtime: Runtime, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="lets nothing run"):
         runtime.run(forever(ask), {"trail": []}, budget=replace(PLENTY, **wrong))
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        (NodeBudget(steps=2), "the 2 steps of node work are spent"),
+        (NodeBudget(model_calls=2), "the 2 model calls of node work are spent"),
+        (NodeBudget(tokens=7), "the 7 tokens of node work are spent"),
+    ],
+)
+def test_a_node_has_a_budget_of_its_own(runtime: Runtime, limit: NodeBudget, said: str) -> None:
+    inner = forever(ask).compile()
+    graph = StateGraph(State, context_schema=Context).add_node("free", ask).add_node("around", inner)
+    graph.add_edge(START, "free").add_edge("free", "around").add_edge("around", END)
+    with pytest.raises(BudgetSpent, match=said) as stopped:
+        runtime.run(graph, {"trail": []}, budget=replace(PLENTY, nodes={"work": limit}))
+    assert stopped.value.node == "work"
+    assert "--max-of-node work." in stopped.value.hint
+    assert runtime.run(graph_of(ask), {"trail": []}, budget=replace(PLENTY, nodes={"work": limit})).status == "done"
+    around = replace(PLENTY, nodes={"around": NodeBudget(model_calls=3)})
+    with pytest.raises(BudgetSpent, match=r"the 3 model calls of node around are spent; reached: .* 4 model calls"):
+        runtime.run(graph, {"trail": []}, budget=around)
+
+
+def graph_of(node: Callable[..., Any]) -> StateGraph[Any, Any, Any, Any]:
+    return StateGraph(State, context_schema=Context).add_node("work", node).add_edge(START, "work").add_edge("work", END)
+
+
+def test_a_node_that_takes_too_long_is_stopped_and_the_others_have_time(runtime: Runtime) -> None:
+    async def quick(state: State) -> State:
+        await asyncio.sleep(0.1)
+        return {"trail": ["quick"]}
+
+    async def slow(state: State) -> State:
+        await asyncio.sleep(60)
+        return {}
+
+    graph = StateGraph(State).add_node(quick).add_node(slow).add_edge(START, "quick").add_edge("quick", "slow")
+    limits = {"quick": NodeBudget(seconds=30), "slow": NodeBudget(seconds=0.2)}
+    events: deque[Any] = deque(maxlen=1)
+    with pytest.raises(BudgetSpent, match=r"the 0\.2 seconds of node slow are spent") as stopped:
+        events.extend(runtime.stream(graph, {"trail": []}, budget=replace(PLENTY, nodes=limits)))
+    assert (stopped.value.budget, stopped.value.node) == ("seconds", "slow")
+    assert events[0].output == {"trail": ["quick"]}
+
+
+def test_money_is_counted_where_prices_are_known_and_said_where_not(settings: Settings) -> None:
+    priced = replace(settings, cost=replace(settings.cost, prices=("scripted=1000/0/100000",)))
+    budget = replace(PLENTY, money=1.0)
+    with Runtime(priced, engine=ScriptedEngine(lambda request: "yes it is"), embedder=HashEmbedder()) as runtime:
+        with pytest.raises(BudgetSpent, match=r"its 1 units of money are spent; reached: .*, 1\.\d+ units of money") as stopped:
+            runtime.run(forever(ask), {"trail": []}, budget=budget)
+        assert stopped.value.budget == "money"
+        node = replace(PLENTY, nodes={"work": NodeBudget(money=0.1)})
+        with pytest.raises(BudgetSpent, match=r"the 0\.1 units of money of node work are spent"):
+            runtime.run(forever(ask), {"trail": []}, budget=node)
+    with Runtime(settings, engine=ScriptedEngine(lambda request: "yes it is"), embedder=HashEmbedder()) as runtime:
+        few = replace(budget, model_calls=3)
+        with pytest.raises(BudgetSpent, match=r"its 3 model calls .* 0 units of money and 3 model calls of unknown cost"):
+            runtime.run(forever(ask), {"trail": []}, budget=few)
+    with (
+        pytest.raises(SettingsError, match="is no price"),
+        Runtime(replace(settings, cost=replace(settings.cost, prices=("scripted=cheap",))), engine=ScriptedEngine()) as runtime,
+    ):
+        runtime.run(graph_of(ask), {"trail": []})
+
+
+def test_limits_of_nodes_are_settings(settings: Settings) -> None:
+    def with_nodes(*lines: str) -> Settings:
+        return replace(settings, budget=replace(settings.budget, nodes=lines))
+
+    found = budget_of(with_nodes("write.tokens=500", "write.seconds=2.5", "a.b.steps=1")).nodes
+    assert found == {"write": NodeBudget(tokens=500, seconds=2.5), "a.b": NodeBudget(steps=1)}
+    for wrong in ("write=5", "write.words=5", "write.tokens=", "write.tokens=-1", "write.tokens=2.5", ".tokens=1"):
+        with pytest.raises(SettingsError, match="is no limit of a node"):
+            budget_of(with_nodes(wrong))
