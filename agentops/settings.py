@@ -111,6 +111,12 @@ class RecordSettings:
     )
     lock_timeout_s: float = _about("wait this long for a locked store", 10.0, low=0.0, high=3600)
     drain_ms: int = _about("how often the journal is drained into the store", 200, low=10, high=60_000)
+    journal_bytes: int = _about(
+        "what a process may have in its journal that the store has not taken; beyond that its runs stop, and can be resumed",
+        1_000_000_000,
+        low=100_000,
+        high=10**13,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,7 +160,7 @@ def peer_callbacks(subject: str, folder: Path, exporter: Any) -> list[Any]:
         from langfuse import Langfuse
         from langfuse.langchain import CallbackHandler
 
-        Langfuse(public_key="pk", secret_key="sk", base_url="http://127.0.0.1:9", span_exporter=exporter)  # noqa: S106
+        Langfuse(public_key="pk", secret_key="sk", base_url="http://127.0.0.1:9", span_exporter=exporter)
         return [CallbackHandler()]
     import mlflow
 
@@ -299,7 +299,9 @@ def dying(subject: str, folder: Path) -> None:
         from agentops.settings import PathSettings, Settings
 
         settings = Settings(paths=PathSettings(home=folder, cache=folder / "cache"))
-        Runtime(settings, engine=ScriptedEngine()).run(builder.compile(), {"x": 0}, budget=Budget(100_000, 1_000_000, 100_000, 3600.0))
+        Runtime(settings, engine=ScriptedEngine()).run(
+            builder.compile(), {"x": 0}, budget=Budget(100_000, 1_000_000, 100_000, 3600.0)
+        )
     else:
         callbacks = peer_callbacks(subject, folder, spans_kept(folder))
         builder.compile().invoke({"x": 0}, {"recursion_limit": 100_000, "callbacks": callbacks})
@@ -381,7 +383,9 @@ def main() -> None:
                 both, wall = cpu + found["after"], found["wall"] / found["plain_wall"]
                 numbers = f"{base:10.0f}{cpu:9.0f}{both:9.0f}{cpu / base:7.2f}{both / base:9.2f}{wall:7.2f}"
                 print(f"{subject:14} {shape:6} {caller:14}{numbers}  {gone}", flush=True)
-                rows.append({"metric": f"{subject}_{shape}_{caller}", "ours": round(cpu / base, 3), "unit": "ratio", "lost": gone} | found)
+                rows.append(
+                    {"metric": f"{subject}_{shape}_{caller}", "ours": round(cpu / base, 3), "unit": "ratio", "lost": gone} | found
+                )
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     print(json.dumps({"bench": "overhead", "machine": machine, "rows": rows}))
 

@@ -148,6 +148,8 @@ class Drainer:
             try:
                 with open_writer(self._settings, timeout_s=timeout_s) as writer:
                     drain(self._journal.folder, writer)
+                    segment = self._journal.segment
+                    self._journal.drained(segment, writer.positions().get(segment, 0))
             except Exception as error:
                 self.failures += 1
                 self._behind += 1

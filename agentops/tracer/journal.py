@@ -2,11 +2,13 @@
 
 A record is a header (length and CRC-32 of the payload, both unsigned 32 bit little-endian) and a msgpack payload. Its
 owner holds an exclusive `flock` on the file while it lives, so anyone can tell a dead owner's segment by trying the lock.
+What the store has taken is given back to the file system from the segment's beginning; positions stay as they were.
 The journal knows nothing of what the events mean and nothing of the store; it does not survive the machine's power loss.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -27,6 +29,10 @@ SUFFIX = ".seg"
 MAX_RECORD_BYTES = 2**30
 _HEADER = struct.Struct("<II")
 _RESERVE_BYTES = 65_536
+_GIVEN_BACK_BYTES = 16_000_000
+"""So much that was drained is given back at a time."""
+_PATIENCE_S = 0.7
+_PUNCH_HOLE_KEEP_SIZE = 3
 
 Event = dict[str, Any]
 
@@ -34,13 +40,17 @@ Event = dict[str, Any]
 class Journal:
     """This process's segment in `folder`. Safe to use from many threads; a forked child gets a segment of its own.
 
+    `limit_bytes` is how much it may hold that was not `drained` yet: an append beyond that waits a moment for the drainer.
+
     Raises:
         JournalFull: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, limit_bytes: int | None = None) -> None:
         self.folder = folder
+        self.limit_bytes = limit_bytes
         self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
         self._open()
         me = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _after_fork(me()))
@@ -61,11 +71,12 @@ class Journal:
             self._reserve.write_bytes(bytes(_RESERVE_BYTES))
         except OSError as error:
             raise _full(error, self.folder) from error
-        self.size = 0
-        self._closed = self._orphan = False
+        self.size = self._drained = self._given_back = 0
+        self._closed = self._orphan = self._stuck = False
 
     def _forked(self) -> None:
         self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
         if not self._closed:
             os.close(self._fd)
             self._orphan = True
@@ -87,7 +98,8 @@ class Journal:
         """Writes the events, all of them or none. `last_word` may use the space kept back for the end of a run.
 
         Raises:
-            JournalFull: the disk takes no more, or the journal is closed. What was appended before stays readable.
+            JournalFull: the disk takes no more, too much waits for the store, or the journal is closed. What was appended before
+                stays readable.
         """
         frames = b"".join(frame(event) for event in events)
         with self._lock:
@@ -95,6 +107,8 @@ class Journal:
                 raise JournalFull("the journal is closed", hint="start runs before the runtime is closed")
             if self._orphan:
                 self._open()
+            if self.limit_bytes is not None and not last_word:
+                self._make_room(len(frames), self.limit_bytes)
             try:
                 self._write(frames)
             except OSError as error:
@@ -105,6 +119,34 @@ class Journal:
                     self._write(frames)
                 except OSError as again:
                     raise _full(again, self.folder) from again
+
+    def _make_room(self, wanted: int, limit: int) -> None:
+        def fits() -> bool:
+            # One event alone may be larger than the limit; it is taken when nothing else waits.
+            return self._closed or self.size == self._drained or self.size - self._drained + wanted <= limit
+
+        if fits():
+            return
+        # Once is enough to learn that the store takes nothing: a thousand runs would wait one after the other.
+        self._stuck = self._stuck or not self._room.wait_for(fits, _PATIENCE_S)
+        if self._closed or not fits():
+            waiting = self.size - self._drained
+            raise JournalFull(
+                f"the store has not taken {waiting:,} bytes of the journal, the limit is {limit:,} ({self.folder})",
+                hint="see what keeps the store: agentops doctor; or raise record.journal_bytes; then resume the run",
+            )
+
+    def drained(self, segment: str, position: int) -> None:
+        """To be called when the store has everything of a segment up to a position: that is not needed here any more."""
+        with self._lock:
+            if self._closed or self._orphan or segment != self.path.name or not self._drained < position <= self.size:
+                return
+            self._drained, self._stuck = position, False
+            self._room.notify_all()
+            if position - self._given_back >= _GIVEN_BACK_BYTES:
+                self._given_back = position
+                # Appends wait for it, milliseconds: a descriptor of its own could pass to a forked child, and the lock with it.
+                _give_back(self._fd, position)
 
     def _write(self, frames: bytes) -> None:
         rest = memoryview(frames)
@@ -131,6 +173,12 @@ class Journal:
 def _after_fork(journal: Journal | None) -> None:
     if journal is not None:
         journal._forked()
+
+
+def _give_back(fd: int, size: int) -> None:
+    """Frees the disk under a file's first bytes, which are zeros then. Where the system cannot, the file keeps them."""
+    if (fallocate := getattr(ctypes.CDLL(None), "fallocate", None)) is not None:
+        fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size))
 
 
 def frame(event: Event) -> bytes:
@@ -161,10 +209,12 @@ def _packable(value: Any) -> Any:
 def read(segment: Path, position: int = 0) -> Iterator[tuple[Event | None, int]]:
     """The records from `position` on, each with the position after it. Stops before a torn or unreadable tail.
 
-    A damaged record between two good ones is given as `None`, so that its loss can be told.
+    A damaged record between two good ones is given as `None`, so that its loss can be told. Zeros, which no record begins
+    with, are passed over: they were given back.
     """
     with segment.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
+        position = _behind_hole(file, position, size)
         while True:
             file.seek(position)
             found, end = _record(file, position, size)
@@ -172,6 +222,26 @@ def read(segment: Path, position: int = 0) -> Iterator[tuple[Event | None, int]]
                 return
             yield found, end
             position = end
+
+
+def _behind_hole(file: Any, position: int, size: int) -> int:
+    """Where the first record is behind the zeros at a position."""
+    file.seek(position)
+    if file.read(_HEADER.size) != bytes(_HEADER.size):
+        return position
+    try:
+        place = os.lseek(file.fileno(), position, os.SEEK_DATA)
+    except OSError:
+        return position
+    file.seek(place)
+    while block := file.read(1 << 16):
+        if rest := block.lstrip(b"\0"):
+            first = place + len(block) - len(rest)
+            # The length in a record's header may begin with zeros of its own.
+            starts = (first - back for back in range(_HEADER.size) if first - back >= position)
+            return next((start for start in starts if _good_at(file, start, size)), position)
+        place += len(block)
+    return position
 
 
 def _record(file: Any, position: int, size: int) -> tuple[Event | None, int | None]:

@@ -78,7 +78,12 @@ def public(channels: Mapping[str, Any]) -> dict[str, Any]:
 
 def state_hash(value: Any) -> str:
     """The hash of a value's whole JSON, whatever its size, with the keys of mappings in order."""
-    return content_hash(json.dumps(to_plain(value), sort_keys=True, ensure_ascii=True))
+    try:
+        # As for payloads: every superstep asks for this, and the encoder in C is ten times faster than the walk.
+        text = _SORTED.encode(value)
+    except (TypeError, ValueError, RecursionError, RuntimeError):
+        text = json.dumps(to_plain(value), sort_keys=True, ensure_ascii=True)
+    return content_hash(text)
 
 
 def _dump(value: Any) -> bytes:
@@ -133,6 +138,7 @@ def _unknown(value: Any) -> dict[str, Any]:
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_shape)
+_SORTED = json.JSONEncoder(sort_keys=True, allow_nan=False, default=_shape)
 
 
 class _TooBigError(Exception):

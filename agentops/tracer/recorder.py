@@ -223,5 +223,5 @@ def open_tracer(settings: Settings, *, clock: Clock, ids: Ids) -> Tracer:
     Raises:
         JournalFull: the folder cannot be written.
     """
-    journal = Journal(settings.paths.home / "journal")
+    journal = Journal(settings.paths.home / "journal", limit_bytes=settings.record.journal_bytes)
     return Tracer(settings, journal, clock=clock, ids=ids, drainer=Drainer(settings, journal))

@@ -199,6 +199,40 @@ def test_a_locked_store_holds_up_no_run_and_the_backlog_drains_afterwards(quick:
     tracer.close()
 
 
+def test_a_backlog_at_its_limit_stops_the_run_within_a_second_and_nothing_told_is_lost(settings: Settings) -> None:
+    limited = replace(settings, record=RecordSettings(drain_ms=10, lock_timeout_s=0.1, journal_bytes=200_000))
+    tracer = open_tracer(limited, clock=SystemClock(), ids=CountingIds())
+    run = tracer.start_run(run_id="run_1", thread_id="th_1", graph="writer", input={"x": 0})
+    assert tracer.flush()
+    ended: list[int] = []
+    stopped = 0.0
+
+    def node(state: State) -> State:
+        nonlocal stopped
+        ended.append(state["x"])
+        stopped = time.monotonic()
+        return {"x": state["x"] + 1, "text": os.urandom(10_000).hex()}
+
+    builder = StateGraph(State)
+    builder.add_node("node", node)
+    builder.add_edge(START, "node")
+    builder.add_conditional_edges("node", lambda state: "node", ["node"])
+    with sqlite3.connect(settings.paths.home / "record.db") as locking:
+        locking.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(JournalFull, match="the store has not taken"):
+            builder.compile().invoke({"x": 0}, {"callbacks": [run.handler], "recursion_limit": 1_000})
+        assert time.monotonic() - stopped < 1.2
+        run.end("failed", error="the backlog is full")
+        locking.rollback()
+    locking.close()
+    tracer.close()
+    with record(settings) as store:
+        assert store.run("run_1").status == "failed"
+        done = [one for one in store.spans("run_1") if one.kind == "node" and one.status == "ok"]
+        assert len(done) >= len(ended) - 1 > 3
+        assert store.balance("run_1").balanced
+
+
 def test_a_reader_that_must_miss_nothing_waits_for_who_writes(quick: Settings) -> None:
     patient = replace(quick, record=replace(quick.record, lock_timeout_s=30.0))
     open_tracer(quick, clock=SystemClock(), ids=CountingIds()).close()
