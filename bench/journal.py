@@ -2,8 +2,8 @@
 
 "span" is what a span's event costs on the hot path: the payload's JSON, its hash, and the append that acknowledges both.
 Peers keep the same bytes: a put into LMDB and an insert into SQLite, each committed and none fsynced (as the journal does),
-and the limit is a bare `os.write` of the framed bytes. OpenTelemetry's span is opened and ended with the payload's text, which was
-made beforehand, as an attribute, and kept nowhere: a kill loses it. It and LMDB are measured where they are installed.
+and the limit is a bare `os.write` of the framed bytes. OpenTelemetry's span is opened and ended with the payload's text, which
+was made beforehand, as an attribute, and kept nowhere: a kill loses it. It and LMDB are measured where they are installed.
 The drainer does not run meanwhile.
 """
 
