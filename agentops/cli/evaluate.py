@@ -391,7 +391,7 @@ class _Work:
                     yield runtime, tracer, tell
 
     def _say(self, tally: Any) -> None:
-        parts = [f"{tally.cases} cases", f"{tally.run} run now", f"{tally.judged} judged now"]
+        parts = [f"{tally.cases} {'case' if tally.cases == 1 else 'cases'}", f"{tally.run} run now", f"{tally.judged} judged now"]
         parts += [f"{tally.failed} failed"] if tally.failed else []
         self._note([f"{', '.join(parts)}; {tally.scored} scored + {tally.unscored} unscored = {tally.asked} asked"])
 
@@ -582,6 +582,13 @@ def score(
     name = name or THUMBS
     if not name.strip() or len(name) > 80 or not name.isprintable():
         raise UsageError("this cannot name a score", hint="use one line of up to 80 characters, such as helpful")
+    from evals.metrics.registry import ENTRIES
+
+    if (scale := ENTRIES.get(name)) is not None and not scale.low <= number <= scale.high:
+        raise UsageError(
+            f"{name} is a metric from {scale.low:g} to {scale.high:g}",
+            hint="give a number between, or a name of your own: agentops score last helpful 7",
+        )
     from agentops.cli.render import clean
     from agentops.clock import SystemClock, UlidSource
     from agentops.records import Score

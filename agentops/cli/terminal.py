@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -67,6 +68,11 @@ def tui(
 
 
 def _interval(name: str, values: Sequence[float], threads: Sequence[str]) -> tuple[float, float] | None:
+    return _estimated(name, tuple(values), tuple(threads))
+
+
+@lru_cache(maxsize=128)
+def _estimated(name: str, values: tuple[float, ...], threads: tuple[str, ...]) -> tuple[float, float] | None:
     from evals.metrics.registry import ENTRIES
     from evals.report.build import THUMBS
     from evals.statistics import estimate

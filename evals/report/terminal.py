@@ -145,6 +145,7 @@ def _said(arm: Arm, limit: int) -> Iterator[RenderableType]:
     from rich.text import Text
 
     table = _table("case", "who", "says", "", "metric", "comment", right=(3, 4))
+    table.columns[0].no_wrap = True
     every = said(arm)
     for case, one in every[:limit]:
         judge = case.scores.get(one.score.name)

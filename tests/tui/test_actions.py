@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +306,28 @@ async def test_experiments_are_marked_compared_and_followed_to_a_trace(record: S
         assert app.screen.run_id == "run_01A"
         await press(pilot, "escape", "escape")
         assert app.screen.where == "evals"
+
+
+async def test_experiments_are_listed_before_their_intervals_are_computed(record: Settings) -> None:
+    computed = threading.Event()
+
+    def slow(name: str, values: Sequence[float], threads: Sequence[str]) -> tuple[float, float]:
+        assert computed.wait(30)
+        return min(values), max(values)
+
+    app = TerminalApp(record, open_at="evals", interval=slow, now_ns=lambda: NOW)
+    async with app.run_test(size=(120, 40)) as pilot:
+        for _ in range(200):
+            await pilot.pause(0.05)
+            if app.screen.query(Detail) and "reading the scores" in str(app.screen.query_one(Detail).parts):
+                break
+        assert len(table(app).keys) == 2
+        computed.set()
+        for _ in range(200):
+            await pilot.pause(0.05)
+            if "0.800  [0.600, 1.000]" in str(app.screen.query_one(Detail).parts):
+                break
+        assert "0.800  [0.600, 1.000]" in str(app.screen.query_one(Detail).parts)
 
 
 async def test_replay_starts_the_verb_and_its_words_are_kept(record: Settings, started: list[Started]) -> None:

@@ -221,7 +221,7 @@ def test_people_say_what_they_think_of_runs_and_spans(cli: Cli, settings: Settin
     assert "ann" in shown.out
     assert "well" in shown.out
     assert "\x1b[31m" not in shown.out
-    for wrong in ((), ("--up", "--down"), ("helpful",), ("helpful", "nan"), ("helpful", "1", "--up")):
+    for wrong in ((), ("--up", "--down"), ("helpful",), ("helpful", "nan"), ("helpful", "1", "--up"), ("faithfulness", "7")):
         assert cli("score", "last", *wrong).code == 2
     assert cli("score", "sp_none", "--up").code == 1
 

@@ -188,28 +188,20 @@ class EvalsScreen(ListScreen[Experiment]):
             yield Detail(id="detail")
 
     def read(self, *, calm: bool = False) -> None:
-        held = self._table.row
-        wanted = held.row.id if held else None
-        interval, scales = self.terminal.interval, self.terminal.scales
-
-        def work(pages: Pages) -> tuple[list[Experiment], dict[str, tuple[Measured, ...]]]:
-            counts, rows = pages.case_counts(), pages.experiments(limit=500)
-            # Scores of the one that is looked at; those of the others when the cursor comes to them.
-            first = next((row for row in rows if row.id == wanted), rows[0] if rows else None)
-            metrics = {first.id: _metrics(pages, first, scales, interval)} if first is not None else {}
-            return [Experiment(row, counts.get(row.id, {})) for row in rows], metrics
+        def work(pages: Pages) -> list[Experiment]:
+            counts = pages.case_counts()
+            return [Experiment(row, counts.get(row.id, {})) for row in pages.experiments(limit=500)]
 
         self.ask("list", work, self._show, calm=calm)
 
-    def _show(self, answer: tuple[list[Experiment], dict[str, tuple[Measured, ...]]]) -> None:
-        found, metrics = answer
+    def _show(self, found: list[Experiment]) -> None:
         held = self._table.row
         self._table.show_rows(found)
         if held is not None:
             places = [place for place, one in enumerate(found) if one.row.id == held.row.id]
             self._table.move_to(places[0] if places else 0, tell=False)
-        self._measured |= metrics
-        self._fresh = set(metrics)
+        # The scores that are shown stay until there are newer ones.
+        self._fresh.clear()
         self.show_nothing(not found, instead_of=self.query_one("#halves"))
         self.on_lines_moved()
 
@@ -242,7 +234,8 @@ class EvalsScreen(ListScreen[Experiment]):
             parts.append(Part("cases", ", ".join(f"{number} {name}" for name, number in sorted(one.counts.items()))))
             if row.error:
                 parts.append(Part("error", row.error, "bad"))
-            parts += metric_parts(self._measured.get(row.id, ()))
+            metrics = self._measured.get(row.id)
+            parts += [Part("", "reading the scores ...", "dim")] if metrics is None else metric_parts(metrics)
         self.query_one("#detail", Detail).show_parts(parts)
 
     def action_open(self) -> None:
