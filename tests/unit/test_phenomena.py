@@ -481,10 +481,7 @@ def _(caller: Caller) -> str:
 def _(caller: Caller) -> str:
     file = caller.settings.paths.home / f"killed_{caller.has_loop}.py"
     file.write_text(KILLED)
-    url = caller.settings.record.url
-    environment = (
-        os.environ | {"AGENTOPS_PATHS_HOME": str(caller.settings.paths.home)} | ({"AGENTOPS_RECORD_URL": url} if url else {})
-    )
+    environment = os.environ | {"AGENTOPS_PATHS_HOME": str(caller.settings.paths.home)}
     child = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True)
     assert child.returncode == -signal.SIGKILL, child.stderr
     return caller.resume(child.stdout.strip(), graph=f"{file}:graph").run_id
