@@ -39,9 +39,9 @@ from agentops.settings import Settings
 S = TypeVar("S", bound=BaseCheckpointSaver[Any])
 _THREAD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
-Told = Callable[[str, int, str, Any], None]
-"""Called with the names of the subgraphs around a graph, its step, where the state is from (input, loop, ...), and the values of
-its channels."""
+Told = Callable[[str, int, str, Any, str], None]
+"""Called with a graph's namespace, its step, where the state is from (input, loop, ...), the values of its
+channels, and the checkpoint's id."""
 
 
 def checkpoint_folder(settings: Settings) -> Path:
@@ -124,8 +124,7 @@ def telling(saver: S, told: Told) -> S:
 
     def tell(config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata) -> None:
         namespace = str(config.get("configurable", {}).get("checkpoint_ns", ""))
-        graph = "/".join(level.partition(":")[0] for level in namespace.split("|") if level)
-        told(graph, metadata.get("step", 0), metadata.get("source", "loop"), checkpoint["channel_values"])
+        told(namespace, metadata.get("step", 0), metadata.get("source", "loop"), checkpoint["channel_values"], checkpoint["id"])
 
     async def aput(
         config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata, new_versions: ChannelVersions

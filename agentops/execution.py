@@ -159,10 +159,12 @@ async def _invoke(
     control: RunControl,
     reached: _Reached,
 ) -> None:
+    labels = trace.labels
     config: Any = {
         "configurable": {"thread_id": trace.thread_id},
         "callbacks": [trace.handler, *trace.effects.handlers],
-        "metadata": {"run_id": trace.run_id},
+        "tags": list(labels.tags),
+        "metadata": {**labels.metadata, **({"user": labels.user} if labels.user else {}), "run_id": trace.run_id},
         "recursion_limit": meter.budget.steps,
     }
     async with checkpointed(graph, settings, trace.thread_id, trace.state) as plain:

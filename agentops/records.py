@@ -357,6 +357,16 @@ class NodeBudget:
 
 
 @dataclass(frozen=True, slots=True)
+class Labels:
+    """What a run is told apart by: the user it is for, tags, and any other words. Nodes find them in the config, where LangChain
+    keeps them: the user under `metadata`, by the name of `user`."""
+
+    user: str = ""
+    tags: tuple[str, ...] = ()
+    metadata: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Budget:
     """What one sitting of a run (from its start, or from where it is taken up again, to its next pause) may cost.
     `steps` are supersteps of the graph, `model_calls` generations and scorings, `tokens` those computed and those put out.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from agentops.errors import SettingsError, UsageError
 from agentops.graph import LoadedGraph
-from agentops.records import Budget, NodeBudget
+from agentops.records import Budget, Labels, NodeBudget
 from agentops.settings import Settings
 from agentops.tools import no_such_tool
 
@@ -20,6 +20,10 @@ def chosen(settings: Settings, recorded: Mapping[str, Any], given: Mapping[str, 
     for key in ("model.name", "retrieval.retriever", "retrieval.collection", "retrieval.k", "run.seed", "run.trim"):
         own = settings.get(key) if settings.source(key) != "default" else recorded.get(key)
         found[key] = given.get(key) or (own if own is not None else settings.get(key))
+    if labels := given.get("labels"):
+        found["labels"] = _sound_labels(labels)
+    elif "labels" in recorded:
+        found["labels"] = recorded["labels"]
     tools = settings.tools
     # What was forbidden when a run began is not allowed by taking it up again elsewhere.
     for word in ("deny", "ask"):
@@ -80,3 +84,11 @@ def budget_of(settings: Settings) -> Budget:
                 hint=f"NODE.WHAT=NUMBER, with one of {words}",
             ) from None
     return Budget(own.steps, own.model_calls, own.tokens, own.seconds, own.money, nodes)
+
+
+def _sound_labels(labels: Labels) -> dict[str, Any]:
+    for name, value in labels.metadata.items():
+        if not isinstance(value, str | int | float | bool) or name in ("user", "run_id", "thread_id"):
+            hint = "words, numbers and truth values, under names of your own"
+            raise UsageError(f"a run cannot keep '{name}' as metadata", hint=hint)
+    return asdict(labels)

@@ -30,7 +30,7 @@ from agentops.parts import open_embedder, open_engine, open_index
 from agentops.people import Answers
 from agentops.prices import read_prices
 from agentops.prompts import read_prompts
-from agentops.records import Budget, RunEvent, RunResult, RunStarted
+from agentops.records import Budget, Labels, RunEvent, RunResult, RunStarted
 from agentops.resumption import as_recorded, check_run_id, check_same, passed, result_of, resumable, taken_up
 from agentops.retrieval import Embedder, Index, LenientRetriever, collection_not_found
 from agentops.run_settings import budget_of, check_tools, chosen, sound
@@ -166,13 +166,14 @@ class Runtime:
         collection: str | None = None,
         budget: Budget | None = None,
         run_id: str | None = None,
+        labels: Labels | None = None,
     ) -> RunResult:
         """Runs a graph to its end or to its next question to a person.
 
         `graph` is a name, `file.py:attribute`, or a LangGraph graph object. `input` is what the graph takes; a string is
         put where the graph expects text. `thread` goes on with a conversation; without it a new one begins. `budget` is what
         the run may cost, the settings say otherwise. `run_id` names the run: one that is on record already goes on instead of
-        beginning again, and where it is done or waits its recorded result is told.
+        beginning again, and where it is done or waits its recorded result is told. `labels` are kept with it.
 
         Raises:
             NodeFailed: a node raised; the cause is chained. An `AgentOpsError` out of a node is raised as it is.
@@ -181,7 +182,7 @@ class Runtime:
             RunDrained: the runtime was, and the run stopped at a step boundary; it can be resumed.
             ThreadBusy, GraphError, UsageError
         """
-        return await self._finish(self._start(self._load(graph), input, thread, collection, budget, run_id))
+        return await self._finish(self._start(self._load(graph), input, thread, collection, budget, run_id, labels))
 
     async def astream(
         self,
@@ -192,9 +193,12 @@ class Runtime:
         collection: str | None = None,
         budget: Budget | None = None,
         run_id: str | None = None,
+        labels: Labels | None = None,
     ) -> AsyncIterator[RunEvent]:
         """Like `arun`, but yields what happens while it happens. Leaving the iterator early cancels the run."""
-        async with contextlib.aclosing(self._start(self._load(graph), input, thread, collection, budget, run_id)) as events:
+        async with contextlib.aclosing(
+            self._start(self._load(graph), input, thread, collection, budget, run_id, labels)
+        ) as events:
             async for event in events:
                 yield event
 
@@ -242,22 +246,16 @@ class Runtime:
         collection: str | None = None,
         budget: Budget | None = None,
         run_id: str | None = None,
+        labels: Labels | None = None,
     ) -> RunResult:
         """`arun` for callers without an event loop."""
-        return run_sync(self.arun(graph, input, thread=thread, collection=collection, budget=budget, run_id=run_id))
+        return run_sync(
+            self.arun(graph, input, thread=thread, collection=collection, budget=budget, run_id=run_id, labels=labels)
+        )
 
-    def stream(
-        self,
-        graph: Any,
-        input: Any,
-        *,
-        thread: str | None = None,
-        collection: str | None = None,
-        budget: Budget | None = None,
-        run_id: str | None = None,
-    ) -> Generator[RunEvent, None, None]:
-        """`astream` for callers without an event loop."""
-        return iterate_sync(self.astream(graph, input, thread=thread, collection=collection, budget=budget, run_id=run_id))
+    def stream(self, graph: Any, input: Any, **how: Any) -> Generator[RunEvent, None, None]:
+        """`astream` for callers without an event loop; it takes the same."""
+        return iterate_sync(self.astream(graph, input, **how))
 
     def resume(
         self,
@@ -425,6 +423,7 @@ class Runtime:
         collection: str | None,
         budget: Budget | None,
         run_id: str | None,
+        labels: Labels | None,
     ) -> AsyncGenerator[RunEvent, None]:
         if isinstance(input, str):
             if not input.strip():
@@ -445,7 +444,7 @@ class Runtime:
             check_run_id(run_id)
             thread = thread or f"th_{run_id.removeprefix('run_')}"  # the same whenever it is delivered
         thread_id = check_thread_id(thread) if thread else self._ids.new("th")
-        details = chosen(self.settings, {}, {"retrieval.collection": collection})
+        details = chosen(self.settings, {}, {"retrieval.collection": collection, "labels": labels})
         check_tools(self.settings, graph, details)
         if run_id is not None:
             return self._deliver(graph, input, run_id, thread_id, details, budget, collection)
@@ -607,6 +606,7 @@ class Runtime:
                 input=told,
                 settings=details,
                 resumed=resumed,
+                tags=tuple(details.get("labels", {}).get("tags", ())),
                 meter=meter,
                 effects=self._effects,
             )

@@ -126,7 +126,7 @@ def show(
             for asked in pending:
                 print("\n".join(interrupt_lines(row.id, asked, several=len(pending) > 1)))
         for one in {one.id: one for one in chosen}.values():
-            _print_span(console, store, one, spans.index(one) + 1)
+            _print_span(console, store, one, spans.index(one) + 1, row.thread_id)
 
 
 @contextmanager
@@ -291,7 +291,7 @@ def _print_run(console: Console, store: Store, run: RunRow, spans: list[SpanRow]
     console.print(Text(f"one span in full: agentops show {run.id} --span NUMBER", style="dim"))
 
 
-def _print_span(console: Console, store: Store, span: SpanRow, number: int) -> None:
+def _print_span(console: Console, store: Store, span: SpanRow, number: int, thread: str) -> None:
     from rich.text import Text
 
     from agentops.cli.render import clean, duration, moment
@@ -302,8 +302,12 @@ def _print_span(console: Console, store: Store, span: SpanRow, number: int) -> N
 
     console.print(Text(f"── {number} · {span.kind} {clean(span.name)} · {span.status} ──", style="bold"))
     row("span", span.id)
+    row("parent", span.parent_id)
+    row("run", f"{span.run_id}  thread {thread}")
     row("node", span.node)
     row("step", span.step)
+    row("task", span.task)
+    row("namespace", span.checkpoint_ns)
     row("attempt", span.attempt)
     row("started", moment(span.start_ns))
     row("took", duration(span.duration_ns))

@@ -71,6 +71,8 @@ def run(
         str | None,
         typer.Option("--run-id", help="Name of the run: given again, it goes on, or tells its result once it is done."),
     ] = None,
+    user: Annotated[str, typer.Option(help="The user whom the run is for; kept with it.")] = "",
+    tag: Annotated[list[str] | None, typer.Option(help="A tag to keep with the run. Repeat for several.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Catalogue name, local folder or hub id.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
@@ -90,6 +92,8 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a graph and show its answer. Steps and tokens come first, then the answer, its sources and what it cost."""
+    from agentops.records import Labels
+
     given = _read_input(text, file)
     flags = {
         "model.name": model,
@@ -109,7 +113,8 @@ def run(
         "elasticsearch.url": es_url,
     }
     with open_runtime(flags, quiet=quiet) as runtime:
-        events = runtime.stream(graph, given, thread=thread, collection=collection, run_id=run_id)
+        labels = Labels(user, tuple(tag or ())) if user or tag else None
+        events = runtime.stream(graph, given, thread=thread, collection=collection, run_id=run_id, labels=labels)
         follow(events, quiet=quiet, as_json=as_json, files=runtime.settings.files)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec
@@ -35,6 +35,10 @@ _PUSH = "__pregel_push"
 _HANDLER = "node_error_handler"
 _HANDLES = "__error_handler__"
 _UNNAMED = "LangGraph"
+# What LangGraph and LangChain put into the tags and the metadata of a config by themselves, and what is a column of the record.
+_TAGS = ("graph:step:", "seq:step:", "map:key:", "langsmith:")
+_METADATA = ("langgraph_", "ls_", "lc_", "__", "agentops_")
+_CONFIG = ("run_id", "thread_id", "checkpoint_ns", "checkpoint_id", "user", "revision_id")
 
 
 def _safe(method: Callable[P, None]) -> Callable[P, None]:
@@ -124,6 +128,9 @@ class Taps(GraphCallbackHandler):
         namespace = str(data.get("langgraph_checkpoint_ns", ""))
         levels = namespace.split("|")
         attributes: dict[str, Any] = {"triggers": [str(trigger) for trigger in data.get("langgraph_triggers", ())]}
+        attributes |= self._labels(tags, data)
+        if (checkpoint := run.checkpoint("|".join(levels[:-1]))) is not None:
+            attributes["checkpoint"] = checkpoint
         if len(way) > 1 and way[0] == _PUSH:
             # Which of the packets sent to the same node it is.
             attributes["packet"] = "/".join(str(part) for part in way[1:] if not isinstance(part, bool))
@@ -145,6 +152,18 @@ class Taps(GraphCallbackHandler):
             attempt=attempt,
         )
         run.bind(run_id, opened.id)
+
+    def _labels(self, tags: Sequence[str] | None, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """The tags and the metadata of a config, without what LangGraph and LangChain put there and what all of the run has."""
+        labels, found = self.agentops_run.labels, dict[str, Any]()
+        if own := [tag for tag in tags or () if not tag.startswith(_TAGS) and tag not in labels.tags]:
+            found["tags"] = own
+        words = {
+            name: value
+            for name, value in metadata.items()
+            if not name.startswith(_METADATA) and name not in _CONFIG and labels.metadata.get(name, _CONFIG) != value
+        }
+        return {**found, "metadata": words} if words else found
 
     def _promote(self, chain: UUID) -> None:
         """The chain has a step inside, so it is a graph: the root is the workflow span already, others are agents."""
@@ -196,6 +215,7 @@ class Taps(GraphCallbackHandler):
 
     @_safe
     def on_resume(self, event: GraphResumeEvent) -> None:
+        self.agentops_run.stands("|".join(event.checkpoint_ns), event.checkpoint_id)
         if not event.checkpoint_ns:
             self.agentops_run.annotate(resumed_from=event.checkpoint_id)
 
@@ -206,7 +226,13 @@ class Taps(GraphCallbackHandler):
     # Models that are not ours
 
     def _model(
-        self, asked: Any, run_id: UUID, parent_run_id: UUID | None, metadata: dict[str, Any] | None, extra: dict[str, Any]
+        self,
+        asked: Any,
+        run_id: UUID,
+        parent_run_id: UUID | None,
+        tags: list[str] | None,
+        metadata: dict[str, Any] | None,
+        extra: dict[str, Any],
     ) -> None:
         run, data = self.agentops_run, metadata or {}
         parent = run.parent(parent_run_id)
@@ -219,6 +245,7 @@ class Taps(GraphCallbackHandler):
         name = data.get("ls_model_name") or parameters.get("model") or parameters.get("model_name") or parameters.get("_type")
         run.effects.foreign("model", str(name or "of LangChain"))
         kept = {key.removeprefix("ls_"): data[key] for key in ("ls_provider", "ls_temperature", "ls_max_tokens") if key in data}
+        kept |= self._labels(tags, data)
         opened = run.open(
             "generation", "generate", parent=parent, input=asked, attributes=kept, model=str(name) if name else None
         )
@@ -233,10 +260,11 @@ class Taps(GraphCallbackHandler):
         *,
         run_id: UUID,
         parent_run_id: UUID | None = None,
+        tags: list[str] | None = None,
         metadata: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._model({"messages": messages[0] if messages else []}, run_id, parent_run_id, metadata, kwargs)
+        self._model({"messages": messages[0] if messages else []}, run_id, parent_run_id, tags, metadata, kwargs)
 
     @_safe
     def on_llm_start(
@@ -246,10 +274,11 @@ class Taps(GraphCallbackHandler):
         *,
         run_id: UUID,
         parent_run_id: UUID | None = None,
+        tags: list[str] | None = None,
         metadata: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._model({"text": prompts[0] if prompts else ""}, run_id, parent_run_id, metadata, kwargs)
+        self._model({"text": prompts[0] if prompts else ""}, run_id, parent_run_id, tags, metadata, kwargs)
 
     @_safe
     def on_llm_new_token(self, token: Any, *, run_id: UUID, **kwargs: Any) -> None:
@@ -293,6 +322,7 @@ class Taps(GraphCallbackHandler):
         run_id: UUID,
         parent_run_id: UUID | None = None,
         inputs: dict[str, Any] | None = None,
+        tags: list[str] | None = None,
         metadata: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -305,7 +335,9 @@ class Taps(GraphCallbackHandler):
             return
         name = str((serialized or {}).get("name") or kwargs.get("name") or "tool")
         run.effects.foreign("tool", name)
-        attributes = {"tool_call_id": str(call)} if (call := kwargs.get("tool_call_id")) else None
+        attributes = self._labels(tags, metadata or {})
+        if call := kwargs.get("tool_call_id"):
+            attributes["tool_call_id"] = str(call)
         asked = inputs if inputs is not None else input_str
         opened = run.open("tool", name, parent=run.parent(parent_run_id), input=asked, attributes=attributes)
         run.bind(run_id, opened.id)
@@ -320,12 +352,22 @@ class Taps(GraphCallbackHandler):
 
     @_safe
     def on_retriever_start(
-        self, serialized: dict[str, Any], query: str, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
+        self,
+        serialized: dict[str, Any],
+        query: str,
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        tags: list[str] | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         run = self.agentops_run
         name = str(kwargs.get("name") or (serialized or {}).get("name") or "retriever")
         run.effects.foreign("retriever", name)
-        opened = run.open("retrieval", name, parent=run.parent(parent_run_id), input=query)
+        opened = run.open(
+            "retrieval", name, parent=run.parent(parent_run_id), input=query, attributes=self._labels(tags, metadata or {})
+        )
         run.bind(run_id, opened.id)
 
     @_safe

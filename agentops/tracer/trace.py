@@ -22,6 +22,7 @@ from uuid import UUID
 
 from agentops.errors import AgentOpsError, JournalFull
 from agentops.records import (
+    Labels,
     PromptVersion,
     RunStatus,
     SpanKind,
@@ -205,6 +206,7 @@ class RunTrace:
         self._emitted = 0
         self._faults = 0
         self._states = 0
+        self._checkpoints: dict[str, str] = {}
         self._asked: Counter[tuple[str, str]] = Counter()
         self.step = 0
         """The superstep of the outermost graph that is going on, as far as its checkpoints have told."""
@@ -217,6 +219,11 @@ class RunTrace:
         from agentops.tracer.taps import Taps
 
         return Taps(self)
+
+    @cached_property
+    def labels(self) -> Labels:
+        """What the run is told apart by."""
+        return Labels(**self._row["settings"].get("labels", {}))
 
     @property
     def usage(self) -> Usage:
@@ -399,13 +406,15 @@ class RunTrace:
             if (noting := self._open.get(span_id)) is not None:
                 noting.row.setdefault("attributes", {}).setdefault("noted", {}).setdefault(kind, []).append(value)
 
-    def state(self, graph: str, step: int, source: str, values: Mapping[str, Any]) -> None:
-        """Writes what the state is after a superstep, by its hash. `graph` names the subgraphs around it, with slashes between;
-        `values` are those of all channels.
+    def state(self, namespace: str, step: int, source: str, values: Mapping[str, Any], checkpoint: str) -> None:
+        """Writes what the state of the graph of that namespace is after a superstep, by its hash. `values` are those of all
+        channels, `checkpoint` is the id of what was saved of it.
 
         Raises:
             JournalFull
         """
+        self.stands(namespace, checkpoint)
+        graph = "/".join(level.partition(":")[0] for level in namespace.split("|") if level)
         with self._lock:
             self._states = place = self._states + 1
             if not graph:
@@ -421,6 +430,14 @@ class RunTrace:
         """
         run, parent, notes = self.place()
         run.close(run.open("event", name, parent=parent, attributes=notes), output=value)
+
+    def stands(self, namespace: str, checkpoint: str) -> None:
+        """The graph of that namespace goes on from that checkpoint."""
+        self._checkpoints[namespace] = checkpoint
+
+    def checkpoint(self, namespace: str) -> str | None:
+        """The checkpoint that the next step of the graph of that namespace starts from, by its id, where it is known."""
+        return self._checkpoints.get(namespace)
 
     def repeats(self, span_id: str, what: str) -> int:
         """How often this was asked before of the node that a span is in, since that node began."""
