@@ -688,8 +688,9 @@ def _within(context: Context, trace: RunTrace) -> Context:
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[RunEvent | None], event: RunEvent) -> None:
-    if asyncio._get_running_loop() is loop:
-        queue.put_nowait(event)  # waking the loop from outside costs a system call
-        return
+    with contextlib.suppress(RuntimeError):  # no loop runs here
+        if asyncio.get_running_loop() is loop:
+            queue.put_nowait(event)  # waking the loop from outside costs a system call
+            return
     with contextlib.suppress(RuntimeError):  # the loop is gone, and with it whoever listened
         loop.call_soon_threadsafe(queue.put_nowait, event)
