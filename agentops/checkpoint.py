@@ -15,12 +15,13 @@ import dataclasses
 import enum
 import fcntl
 import functools
+import json
 import logging
 import os
 import re
 import threading
 import typing
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -91,7 +92,7 @@ def lease(settings: Settings, thread_id: str) -> Iterator[None]:
 @asynccontextmanager
 async def open_checkpointer(
     settings: Settings, thread_id: str, types: frozenset[type], told: Told | None = None
-) -> AsyncIterator[AsyncSqliteSaver]:
+) -> AsyncIterator[ThreadSaver]:
     """The saver of one thread. Hold its `lease` around this.
 
     `types` may be built while reading, beside LangGraph's list of safe ones. `told` is called with every state that is saved.
@@ -104,7 +105,7 @@ async def open_checkpointer(
     file = checkpoint_folder(settings) / f"{check_thread_id(thread_id)}.db"
     _make_private(file)
     async with aiosqlite.connect(file) as connection:
-        saver = AsyncSqliteSaver(connection, serde=_Serializer(types))
+        saver = ThreadSaver(connection, serde=_Serializer(types))
         try:
             await saver.setup()
             await connection.execute("PRAGMA synchronous=FULL")
@@ -116,6 +117,113 @@ async def open_checkpointer(
                 hint=f"move {file} away; the thread then starts anew",
             ) from error
         yield telling(saver, told) if told else saver
+
+
+class ThreadSaver(AsyncSqliteSaver):
+    """LangGraph's saver with what it leaves out: copying a thread, deleting what runs have written, and pruning.
+
+    A channel that keeps changes only (`DeltaChannel`) is read from the checkpoints before, back to the last whole value; these
+    are not pruned, and are not deleted while later ones need them.
+    """
+
+    async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
+        columns = {
+            "checkpoints": "checkpoint_ns, checkpoint_id, parent_checkpoint_id, type, checkpoint, metadata",
+            "writes": "checkpoint_ns, checkpoint_id, task_id, task_path, idx, channel, type, value",
+        }
+        async with self._changing() as cursor:
+            for table, names in columns.items():
+                copied = f"SELECT ?, {names} FROM {table} WHERE thread_id = ?"
+                statement = f"INSERT OR REPLACE INTO {table} (thread_id, {names}) {copied}"
+                await cursor.execute(statement, (target_thread_id, source_thread_id))
+
+    async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
+        """
+        Raises:
+            RecordError: later checkpoints of other runs could not be read without these; nothing is deleted.
+        """
+        async with self._changing() as cursor:
+            for thread in await _threads(cursor):
+                rows = await _lineage(cursor, thread)
+                gone = {key for key, row in rows.items() if row.run_id in run_ids}
+                if gone & _needed(rows, rows.keys() - gone):
+                    raise RecordError(
+                        f"thread {thread} keeps changes that later runs build on; nothing was deleted",
+                        hint="delete the whole thread, or the later runs with these",
+                    )
+                await _delete(cursor, thread, gone)
+
+    async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
+        """Keeps the newest checkpoint of each namespace ("keep_latest"), or none ("delete").
+
+        Raises:
+            UsageError: another strategy.
+        """
+        if strategy not in ("keep_latest", "delete"):
+            raise UsageError(f"'{strategy}' is no way to prune", hint="keep_latest or delete")
+        async with self._changing() as cursor:
+            for thread in thread_ids:
+                rows = await _lineage(cursor, thread)
+                newest = {namespace: max(key for space, key in rows if space == namespace) for namespace, _ in rows}
+                kept = set(newest.items()) if strategy == "keep_latest" else set()
+                await _delete(cursor, thread, rows.keys() - kept - _needed(rows, kept))
+
+    @asynccontextmanager
+    async def _changing(self) -> AsyncIterator[aiosqlite.Cursor]:
+        """A transaction: all or nothing."""
+        await self.setup()
+        async with self.lock, self.conn.cursor() as cursor:
+            try:
+                yield cursor
+                await self.conn.commit()
+            except BaseException:
+                await self.conn.rollback()
+                raise
+
+
+_Key = tuple[str, str]
+"""A checkpoint of a thread: its namespace and its id."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Kept:
+    """What of a checkpoint tells whether another can do without it. `changes` says that it has no whole value of some channel."""
+
+    run_id: str
+    parent: _Key
+    changes: bool
+
+
+async def _threads(cursor: aiosqlite.Cursor) -> list[str]:
+    await cursor.execute("SELECT DISTINCT thread_id FROM checkpoints")
+    return [str(row[0]) for row in await cursor.fetchall()]
+
+
+async def _lineage(cursor: aiosqlite.Cursor, thread: str) -> dict[_Key, _Kept]:
+    query = "SELECT checkpoint_ns, checkpoint_id, parent_checkpoint_id, metadata FROM checkpoints WHERE thread_id = ?"
+    await cursor.execute(query, (thread,))
+    found = {}
+    for namespace, key, parent, metadata in await cursor.fetchall():
+        about = json.loads(metadata) if metadata else {}
+        kept = _Kept(str(about.get("run_id", "")), (namespace, parent or ""), bool(about.get("counters_since_delta_snapshot")))
+        found[namespace, key] = kept
+    return found
+
+
+def _needed(rows: Mapping[_Key, _Kept], kept: Iterable[_Key]) -> set[_Key]:
+    """The checkpoints that those which are kept are read from."""
+    found: set[_Key] = set()
+    for key in kept:
+        while key in rows and rows[key].changes and rows[key].parent not in found:
+            key = rows[key].parent
+            found.add(key)
+    return found
+
+
+async def _delete(cursor: aiosqlite.Cursor, thread: str, keys: Iterable[_Key]) -> None:
+    for table in ("checkpoints", "writes"):
+        statement = f"DELETE FROM {table} WHERE thread_id = ? AND checkpoint_ns = ? AND checkpoint_id = ?"
+        await cursor.executemany(statement, [(thread, *key) for key in keys])
 
 
 def telling(saver: S, told: Told) -> S:
