@@ -10,6 +10,7 @@ This module knows nothing of runs, spans or models.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
 import enum
@@ -116,7 +117,15 @@ async def open_checkpointer(
                 f"the checkpoints of thread {thread_id} cannot be read: {error}",
                 hint=f"move {file} away; the thread then starts anew",
             ) from error
-        yield telling(saver, told) if told else saver
+        try:
+            yield telling(saver, told) if told else saver
+        finally:
+            # LangGraph leaves a run that failed while writes of others are under way: those that have begun come to their end.
+            # Closed in the middle of one, the connection would keep the file locked for as long as anything holds its cursor.
+            await asyncio.sleep(0)
+            async with saver.lock:
+                await connection.rollback()
+                await connection.close()
 
 
 class ThreadSaver(AsyncSqliteSaver):

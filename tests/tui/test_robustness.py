@@ -311,4 +311,4 @@ async def test_the_end_of_a_line_is_not_below_the_scrollbar(settings: Settings) 
     async with opened(settings, open_at="run/last", size=(80, 24)) as (app, _):
         trace = app.screen.query_one(Trace)
         assert trace.show_vertical_scrollbar
-        assert drawn(app).splitlines()[3][:79].endswith("1000 ms")
+        assert drawn(app).splitlines()[3][:79].endswith("1.00 s")

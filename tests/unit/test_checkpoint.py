@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import sqlite3
@@ -63,6 +64,19 @@ async def loaded(settings: Settings) -> Any:
     with lease(settings, "th_1"):
         async with open_checkpointer(settings, "th_1", frozenset()) as saver:
             return await saver.aget_tuple(THREAD)
+
+
+async def test_a_write_under_way_is_finished_before_the_file_is_closed(settings: Settings) -> None:
+    await converse(settings)
+    with lease(settings, "th_1"):
+        async with open_checkpointer(settings, "th_1", frozenset()) as saver:
+            newest = await saver.aget_tuple(THREAD)
+            assert newest is not None
+            late = asyncio.create_task(saver.aput_writes(newest.config, [("said", ["late"])], "task"))
+        await late
+    found = await loaded(settings)
+    assert [one[1:] for one in found.pending_writes] == [("said", ["late"])]
+    await converse(settings)
 
 
 def plant(settings: Settings, kind: str, blob: bytes, table: str) -> None:
