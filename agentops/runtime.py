@@ -28,7 +28,7 @@ from agentops.history import Origin, Snapshot, history, origin, plant
 from agentops.history import chosen as chosen_snapshot
 from agentops.parts import open_embedder, open_engine, open_index
 from agentops.people import Answers
-from agentops.prices import read_prices
+from agentops.prices import load_prices
 from agentops.prompts import read_prompts
 from agentops.records import Budget, Labels, RunEvent, RunResult, RunStarted
 from agentops.resumption import as_recorded, check_run_id, check_same, passed, result_of, resumable, taken_up
@@ -598,7 +598,7 @@ class Runtime:
                 if at == "passed":
                     raise passed(run_id, thread_id)
             context = await asyncio.to_thread(self._context, graph, details) if graph.uses_context else None
-            meter = Meter(budget, self._clock, read_prices(self.settings.cost.prices))
+            meter = Meter(budget, self._clock, load_prices(self.settings))
             trace = self._tracer.start_run(
                 run_id=run_id,
                 thread_id=thread_id,

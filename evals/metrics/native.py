@@ -18,10 +18,10 @@ from typing import Any
 
 from agentops import schema
 from agentops.grounding import coverage, numbers_missing
+from agentops.prices import Price
 from agentops.records import Score, ToolCall, content_hash
 from agentops.text import split_sentences
 from evals.metrics import NO_REFERENCE, Metric, Unscored, in_one_form
-from evals.prices import Price
 from evals.samples import Sample
 
 CARRIED = 0.75

@@ -156,8 +156,8 @@ async def make_metrics(
     try:
         made: dict[str, Metric] = {}
         if "native" in groups:
+            from agentops.prices import load_prices
             from evals.metrics.native import native_metrics
-            from evals.prices import load_prices
 
             made |= native_metrics(prices=load_prices(settings) if "cost" in wanted else None)
         if "hallucination" in groups:

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentops.errors import SettingsError
+from agentops.prices import load_prices
 from agentops.records import Score, ToolCall, Usage
 from agentops.settings import load_settings
 from agentops.sync import run_sync
 from evals.metrics import NO_REFERENCE, Metric
 from evals.metrics.native import ANSWER_CHARACTERS, native_metrics
-from evals.prices import load_prices
 from evals.samples import Context, Reference, Sample
 
 METRICS = native_metrics()
