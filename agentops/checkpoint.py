@@ -327,12 +327,13 @@ def _try_strictness() -> None:
 def schema_types(*schemas: Any) -> frozenset[type]:
     """Classes that values of these state schemas consist of: dataclasses, pydantic models, enums, named tuples."""
     found: set[type] = set()
-    seen: set[int] = set()
+    # With the hints themselves: another would have the place in memory, and so the id, of one that is gone.
+    seen: dict[int, Any] = {}
 
     def walk(kind: Any) -> None:
         if id(kind) in seen:
             return
-        seen.add(id(kind))
+        seen[id(kind)] = kind
         for part in typing.get_args(kind):
             walk(part)
         if not isinstance(kind, type):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -168,6 +169,17 @@ def test_types_of_a_schema_are_found_inside_containers() -> None:
 
     Outer.__annotations__ = {"inner": list[Inner | None], "by_name": dict[str, Colour]}
     assert schema_types(Outer) == {Inner, Colour}
+
+
+def test_every_type_of_a_schema_is_found_however_many_hints_there_are() -> None:
+    inner = [dataclasses.make_dataclass(f"Inner{n}", [("value", int)]) for n in range(50)]
+    outer = [dataclasses.make_dataclass(f"Outer{n}", [("parts", "tuple[given, ...]")]) for n in range(50)]
+    with pytest.MonkeyPatch.context() as patch:
+        for one, kind in zip(outer, inner, strict=True):
+            patch.setitem(one.__annotations__, "parts", f"tuple[{kind.__name__}, ...]")
+            patch.setitem(globals(), kind.__name__, kind)
+            one.__module__ = __name__
+        assert schema_types(*outer) == {*outer, *inner}
 
 
 @pytest.mark.parametrize(
