@@ -16,6 +16,7 @@ import dataclasses
 import enum
 import fcntl
 import functools
+import importlib
 import json
 import logging
 import os
@@ -32,12 +33,17 @@ import ormsgpack
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver, ChannelVersions, Checkpoint, CheckpointMetadata
 from langgraph.checkpoint.serde import jsonplus
+from langgraph.checkpoint.serde._msgpack import SAFE_MSGPACK_METHODS, SAFE_MSGPACK_TYPES
+from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from pydantic import BaseModel
 
-from agentops.errors import RecordError, StoreBroken, ThreadBusy, UsageError
+from agentops.errors import RecordError, SettingsError, StateUnfit, StoreBroken, ThreadBusy, UsageError
 from agentops.settings import Settings
 
+_UNFIT_HINT = (
+    "name its type in the graph's state or in record.types, or keep texts, numbers, lists and dicts; then resume the run"
+)
 S = TypeVar("S", bound=BaseCheckpointSaver[Any])
 _THREAD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -101,12 +107,13 @@ async def open_checkpointer(
     Raises:
         StoreBroken: the file is not a database; while reading, what it holds was not written by this program.
         RecordError: the file cannot be made, or the library beneath would execute what a checkpoint names.
+        SettingsError: `record.types` names something that is no class.
     """
     _try_strictness()
     file = checkpoint_folder(settings) / f"{check_thread_id(thread_id)}.db"
     _make_private(file)
     async with aiosqlite.connect(file) as connection:
-        saver = ThreadSaver(connection, serde=_Serializer(types))
+        saver = ThreadSaver(connection, serde=_Serializer(types | _named_types(settings.record.types)))
         try:
             await saver.setup()
             await connection.execute("PRAGMA synchronous=FULL")
@@ -129,11 +136,71 @@ async def open_checkpointer(
 
 
 class ThreadSaver(AsyncSqliteSaver):
-    """LangGraph's saver with what it leaves out: copying a thread, deleting what runs have written, and pruning.
+    """LangGraph's saver with what it leaves out: copying a thread, deleting what runs have written, and pruning. It keeps nothing
+    that would come back as something else.
 
     A channel that keeps changes only (`DeltaChannel`) is read from the checkpoints before, back to the last whole value; these
     are not pruned, and are not deleted while later ones need them.
     """
+
+    def __init__(self, conn: aiosqlite.Connection, *, serde: SerializerProtocol) -> None:
+        super().__init__(conn, serde=serde)
+        # LangGraph does not wait for what a node wrote to be kept, so the step's checkpoint, which comes after it, tells it.
+        self._order = asyncio.Lock()
+        self._refused: list[StateUnfit] = []
+
+    async def aput(
+        self, config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata, new_versions: ChannelVersions
+    ) -> RunnableConfig:
+        """
+        Raises:
+            StateUnfit: a value of the state cannot be kept; nothing is.
+        """
+        async with self._order:
+            if self._refused:
+                raise self._refused.pop()
+            try:
+                return await super().aput(config, checkpoint, metadata, new_versions)
+            except TypeError as error:
+                where = {"input": "the input", "update": "the update"}.get(metadata.get("source", ""), "the state")
+                raise self._unfit(where, checkpoint["channel_values"].items(), error) from error
+
+    async def aput_writes(
+        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
+    ) -> None:
+        """
+        Raises:
+            StateUnfit: a value that a node has returned, sent or asked cannot be kept; nothing is.
+        """
+        async with self._order:
+            try:
+                await super().aput_writes(config, writes, task_id, task_path)
+            except TypeError as error:
+                node = await self._node(config, task_path)
+                unfit = self._unfit(f"node {node}" if node else "a node", writes, error)
+                self._refused[:] = [unfit]
+                raise unfit from error
+
+    def _unfit(self, where: str, values: Iterable[tuple[str, Any]], error: Exception) -> StateUnfit:
+        for channel, value in values:
+            try:
+                self.serde.dumps_typed(value)
+            except TypeError as found:
+                field = {"__interrupt__": "what it asks", "__pregel_tasks": "what it sends"}.get(channel, f"field {channel}")
+                return StateUnfit(f"{where}, {field}: {found}", hint=_UNFIT_HINT)
+        return StateUnfit(f"the run's metadata: {error}", hint="give it texts, numbers, lists and dicts")
+
+    async def _node(self, config: RunnableConfig, task_path: str) -> str:
+        """The node of a task, from LangGraph's path of it: "~__pregel_pull, NODE", or "~__pregel_push, PLACE, ..." of a
+        packet."""
+        kind, _, place = task_path.partition(", ")
+        if kind == "~__pregel_pull":
+            return place
+        place = place.partition(", ")[0]
+        if kind == "~__pregel_push" and place.isdigit() and (kept := await self.aget_tuple(config)):
+            sent = kept.checkpoint["channel_values"].get("__pregel_tasks", ())
+            return str(getattr(sent[int(place)], "node", "")) if int(place) < len(sent) else ""
+        return ""
 
     async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         columns = {
@@ -279,6 +346,35 @@ class _Serializer(jsonplus.JsonPlusSerializer):
     def __init__(self, types: frozenset[type]) -> None:
         super().__init__(allowed_msgpack_modules=[(kind.__module__, kind.__qualname__) for kind in types] or None)
 
+    def dumps_typed(self, obj: Any) -> tuple[str, bytes]:
+        """
+        Raises:
+            TypeError: something in it would be read back as a dict, a list or a text, and not as what it is.
+        """
+        kind, blob = super().dumps_typed(obj)
+        refused: list[str] = []
+
+        def look(code: int, data: bytes) -> None:
+            if code == jsonplus.EXT_NUMPY_ARRAY:
+                return
+            named = ormsgpack.unpackb(data, ext_hook=look, option=ormsgpack.OPT_NON_STR_KEYS)
+            if code == jsonplus.EXT_DELTA_SNAPSHOT:
+                return
+            module, name = named[:2]
+            own = self._allowed_msgpack_modules
+            if code == jsonplus.EXT_METHOD_SINGLE_ARG:
+                known = (module, name, named[3]) in SAFE_MSGPACK_METHODS
+            else:
+                known = (module, name) in SAFE_MSGPACK_TYPES or (isinstance(own, set) and (module, name) in own)
+            if not known:
+                refused.append(f"{module}.{name}")
+
+        if kind == "msgpack":
+            ormsgpack.unpackb(blob, ext_hook=look, option=ormsgpack.OPT_NON_STR_KEYS)
+        if refused:
+            raise TypeError(f"{refused[-1]} is neither named by the graph's state nor in record.types")
+        return kind, blob
+
     def loads_typed(self, data: tuple[str, bytes]) -> Any:
         if data[0] not in ("msgpack", "bytes", "bytearray", "null"):
             raise StoreBroken(
@@ -322,6 +418,24 @@ def _try_strictness() -> None:
                 )
     finally:
         jsonplus.logger.removeFilter(of_others)
+
+
+def _named_types(names: Sequence[str]) -> frozenset[type]:
+    """
+    Raises:
+        SettingsError: one of them is no class that can be imported.
+    """
+    found = set()
+    for name in names:
+        module, _, last = name.rpartition(".")
+        try:
+            kind = getattr(importlib.import_module(module), last)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise SettingsError(f"record.types: {name!r} cannot be imported: {error}", hint="write it as module.Class") from error
+        if not isinstance(kind, type):
+            raise SettingsError(f"record.types: {name!r} is not a class", hint="write it as module.Class")
+        found.add(kind)
+    return frozenset(found)
 
 
 def schema_types(*schemas: Any) -> frozenset[type]:

@@ -20,6 +20,7 @@
     │   ├── GraphNotFound
     │   ├── GraphBroken               the user's file does not import; carries file and line
     │   ├── NodeFailed                a node raised while the graph ran
+    │   ├── StateUnfit                a value of the state cannot be kept; the run stopped at a step boundary
     │   └── BudgetSpent               the run has had its steps, model calls, tokens, seconds or money
     ├── PromptError
     ├── ToolError                     tools of one name, or a server of tools that does not start
@@ -158,6 +159,10 @@ class NodeFailed(GraphError):
         super().__init__(message, hint=hint or f"see every step with: agentops show {run_id}")
         self.run_id = run_id
         self.node = node
+
+
+class StateUnfit(GraphError):
+    """A value that a node returned, or that a run began with, cannot be kept in a checkpoint as what it is."""
 
 
 class BudgetSpent(GraphError):

@@ -26,6 +26,7 @@ from agentops.project import locate
 from agentops.prompts import PromptLibrary
 from agentops.records import (
     Constraint,
+    Decision,
     Generation,
     Query,
     Request,
@@ -212,9 +213,12 @@ class LoadedGraph:
 
     @property
     def state_types(self) -> frozenset[type]:
-        """Types that the states of this graph and of its subgraphs consist of."""
+        """Types that the states of this graph and of its subgraphs consist of, and those that a `Context` gives to nodes."""
         graphs = [self.compiled, *(inner for _, inner in self.compiled.get_subgraphs(recurse=True))]
-        return schema_types(*(schema for one in graphs for schema in getattr(getattr(one, "builder", None), "schemas", {})))
+        given = (Generation, Scores, Retrieval, Relevance, Option, ToolResult, Decision, Request)
+        return schema_types(
+            *given, *(schema for one in graphs for schema in getattr(getattr(one, "builder", None), "schemas", {}))
+        )
 
     @property
     def tools(self) -> frozenset[str]:

@@ -112,6 +112,7 @@ class RecordSettings:
         low=100_000,
         high=10**13,
     )
+    types: tuple[str, ...] = _about("classes that checkpoints may keep beside those that a graph's state names: module.Class", ())
 
 
 @dataclass(frozen=True, slots=True)
