@@ -311,7 +311,7 @@ def test_money_is_counted_where_prices_are_known_and_said_where_not(settings: Se
         with pytest.raises(BudgetSpent, match=r"its 3 model calls .* 0 units of money and 3 model calls of unknown cost"):
             runtime.run(forever(ask), {"trail": []}, budget=few)
     with (
-        pytest.raises(SettingsError, match="cost.prices has no price in"),
+        pytest.raises(SettingsError, match=r"cost\.prices has no price in"),
         Runtime(replace(settings, cost=replace(settings.cost, prices=("scripted=cheap",))), engine=ScriptedEngine()) as runtime,
     ):
         runtime.run(graph_of(ask), {"trail": []})
