@@ -154,7 +154,7 @@ class _Again:
         self._store = store
         self._row = row
         self._sittings = sittings
-        self._settings = replace(settings, paths=replace(settings.paths, home=home))
+        self._settings = replace(settings, paths=replace(settings.paths, home=home), record=replace(settings.record, url=""))
         if graph is None and row.graph.startswith("python:"):
             raise UsageError(
                 f"run {row.id} is of a graph object made in Python",

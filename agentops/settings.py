@@ -101,6 +101,11 @@ class BudgetSettings:
 
 @dataclass(frozen=True, slots=True)
 class RecordSettings:
+    url: str = _about(
+        "address of a Postgres that keeps the record and the checkpoints (postgresql://...); files in paths.home when not set",
+        "",
+        secret=True,
+    )
     payload_bytes: int = _about(
         "inputs and outputs above this size are cut, with a mark", 1_000_000, low=1_000, high=1_000_000_000
     )

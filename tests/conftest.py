@@ -6,6 +6,7 @@ temporary folder. Only the model cache is the user's own, because models are big
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
+import postgres_server as postgres_server_
 import pytest
 from elasticsearch_server import Server, ServerError, distribution, find_java, shared
 
@@ -30,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL_CACHE = Path(os.environ.get("AGENTOPS_PATHS_CACHE") or platformdirs.user_cache_dir("agentops-runtime")).absolute()
 NO_DATA = "no real data sets here: name their folder in AGENTOPS_SHARED_DATA"
 NO_ELASTICSEARCH = "no Elasticsearch can be started here"
+NO_POSTGRES = "no Postgres can be started here"
 NO_PROGRAMS = (("no chromium here", "a browser"), ("no tmux here", "tmux"))
 
 
@@ -50,7 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for wanted, what in ((NO_DATA, "real data"), (NO_ELASTICSEARCH, "an Elasticsearch server"), *NO_PROGRAMS):
+    servers = ((NO_ELASTICSEARCH, "an Elasticsearch server"), (NO_POSTGRES, "a Postgres server"))
+    for wanted, what in ((NO_DATA, "real data"), *servers, *NO_PROGRAMS):
         skipped = [report for report in terminalreporter.stats.get("skipped", []) if wanted in str(report.longrepr)]
         if skipped:
             terminalreporter.section(f"tests that did not run for want of {what}")
@@ -111,6 +115,32 @@ def elastic_settings(elasticsearch_server: Server, settings: Settings) -> Settin
     """As `settings`, for the index on the server, which looks empty to every test."""
     wanted = replace(settings.elasticsearch, url=elasticsearch_server.url, prefix=f"test-{uuid.uuid4().hex}", timeout_s=60.0)
     return replace(settings, retrieval=replace(settings.retrieval, retriever="elasticsearch"), elasticsearch=wanted)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgres_server_.Postgres]:
+    """A real server of this process's own. Where none can be started the test is skipped, and named at the end of the run."""
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(postgres_server_.cluster())
+        except postgres_server_.ServerError as why:
+            pytest.skip(f"{NO_POSTGRES}: {why}")
+        yield server
+
+
+@pytest.fixture
+def postgres_settings(postgres_server: postgres_server_.Postgres, settings: Settings) -> Settings:
+    """As `settings`, with the record and the checkpoints in a new, empty database of the server."""
+    return replace(settings, record=replace(settings.record, url=postgres_server.database()))
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def either_settings(request: pytest.FixtureRequest, settings: Settings) -> Settings:
+    """As `settings`, once with the record and the checkpoints in files and once in Postgres."""
+    if request.param == "sqlite":
+        return settings
+    found: Settings = request.getfixturevalue("postgres_settings")
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -481,7 +481,10 @@ def _(caller: Caller) -> str:
 def _(caller: Caller) -> str:
     file = caller.settings.paths.home / f"killed_{caller.has_loop}.py"
     file.write_text(KILLED)
-    environment = os.environ | {"AGENTOPS_PATHS_HOME": str(caller.settings.paths.home)}
+    url = caller.settings.record.url
+    environment = (
+        os.environ | {"AGENTOPS_PATHS_HOME": str(caller.settings.paths.home)} | ({"AGENTOPS_RECORD_URL": url} if url else {})
+    )
     child = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True)
     assert child.returncode == -signal.SIGKILL, child.stderr
     return caller.resume(child.stdout.strip(), graph=f"{file}:graph").run_id

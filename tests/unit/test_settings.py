@@ -142,7 +142,8 @@ def test_tests_never_touch_the_users_home() -> None:
 
 
 def test_secrets_are_known_as_such_and_never_shown(environment: dict[str, str]) -> None:
-    assert [key for key in describe() if is_secret(key)] == ["elasticsearch.password", "elasticsearch.api_key", "judge.api_key"]
+    secrets = [key for key in describe() if is_secret(key)]
+    assert secrets == ["elasticsearch.password", "elasticsearch.api_key", "record.url", "judge.api_key"]
     environment |= {"AGENTOPS_ELASTICSEARCH_PASSWORD": "hunter2"}
     for more in ([], ["--json"]):
         command = [sys.executable, "-m", "agentops", "config", "elasticsearch", *more]
