@@ -313,3 +313,22 @@ def test_the_engine_says_how_many_more_run_and_asks_no_strange_process(settings:
 def test_nothing_is_read_where_there_is_no_record(settings: Settings) -> None:
     with pytest.raises(RecordError, match="there is no record"):
         open_pages(settings)
+
+
+async def test_an_answer_for_a_screen_that_is_being_taken_down_is_dropped(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(settings)
+    async with opened(settings) as (app, pilot):
+        await settle(pilot)
+        late: list[Any] = []
+        monkeypatch.setattr(app.reader, "ask", lambda name, work, deliver, **_: late.append(deliver))
+        reached: list[str] = []
+        app.screen.ask("late", lambda pages: "", reached.append)
+        late[0]("while it stands")
+        for node in app.screen.walk_children(with_self=True):
+            node._pruning = True
+        late[0]("while it goes")
+        for node in app.screen.walk_children(with_self=True):
+            node._pruning = False
+    assert reached == ["while it stands"]

@@ -61,7 +61,8 @@ class Base(Screen[None]):
         """As `Reader.ask`; an answer that comes after the screen was left is dropped."""
 
         def here(answer: T) -> None:
-            if self.is_attached:
+            # One that is being taken down is attached still, but displayed no more, and may have lost its parts.
+            if self.is_attached and self.display:
                 deliver(answer)
 
         self.terminal.reader.ask(f"{self.where}.{name}", work, here, calm=calm)
