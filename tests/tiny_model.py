@@ -24,7 +24,7 @@ _TEXT = ["the quick brown fox jumps over the lazy dog", "what is the capital of 
 def config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:
     return {
         "architectures": [architecture],
-        "model_type": {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}[architecture],
+        "model_type": architecture.removesuffix("ForCausalLM").lower(),
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -51,13 +51,15 @@ def write_tiny_model(folder: Path, *, bits: int | None = None, group_size: int =
     _write_tokenizer(folder)
     random = torch.Generator().manual_seed(7)
     tensors: dict[str, torch.Tensor] = {}
+    inputs = ("q_proj", "k_proj", "v_proj")
+    biased = (*inputs, "o_proj") if described.get("attention_bias") else inputs if described["model_type"] == "qwen2" else ()
     for name, shape in expected_shapes(_shape(folder)).items():
         if len(shape) == 1:
             tensors[name] = 1 + 0.1 * torch.randn(shape, generator=random)
             continue
         weight = torch.randn(shape, generator=random) * (1.0 if "embed" in name else 2.0) / shape[1] ** 0.5
         prefix = name.removesuffix(".weight")
-        if described["model_type"] == "qwen2" and prefix.endswith(("q_proj", "k_proj", "v_proj")):
+        if prefix.endswith(biased):
             tensors[f"{prefix}.bias"] = 0.1 * torch.randn(shape[0], generator=random)
         if bits is None or not name.endswith("proj.weight"):
             tensors[name] = weight

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from agentops.errors import ModelBroken, ModelNotFound, ModelUnsafe, ModelUnsupported
 from agentops.model_lock import check_lock, file_digests
@@ -26,7 +26,7 @@ from agentops.records import content_hash
 if TYPE_CHECKING:
     import torch
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 _HEADER_BYTES = 16 * 1024 * 1024
 _CONFIG_BYTES = 1024 * 1024
@@ -47,13 +47,18 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How rotary frequencies are stretched. `kind` is linear (all by `factor`) or llama3 (low frequencies only)."""
+    """How rotary frequencies are stretched. `kind` is linear (all by `factor`), or by how often a frequency turns within the
+    `original_context`: those of few turns are stretched, those of many kept, and those between `low_turns` and `high_turns`
+    blended, along the turns (llama3) or along the dimensions (yarn, between whole ones where `truncate`). `attention`
+    multiplies queries and keys."""
 
-    kind: str
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
+    low_turns: float = 1.0
+    high_turns: float = 4.0
     original_context: int = 8192
+    attention: float = 1.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,11 @@ class DecoderConfig:
     tied: bool
     bos: int | None
     eos: tuple[int, ...]
+
+    @property
+    def normed_heads(self) -> bool:
+        """Whether each head's query and key are normed before they are rotated."""
+        return self.architecture == "Qwen3ForCausalLM"
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +226,9 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{at}.self_attn.k_proj.weight"] = (keys, hidden)
         shapes[f"{at}.self_attn.v_proj.weight"] = (keys, hidden)
         shapes[f"{at}.self_attn.o_proj.weight"] = (hidden, queries)
+        if config.normed_heads:
+            shapes[f"{at}.self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[f"{at}.self_attn.k_norm.weight"] = (config.head_dim,)
         shapes[f"{at}.post_attention_layernorm.weight"] = (hidden,)
         shapes[f"{at}.mlp.gate_proj.weight"] = (config.ffn, hidden)
         shapes[f"{at}.mlp.up_proj.weight"] = (config.ffn, hidden)
@@ -317,12 +330,12 @@ def _decoder_config(folder: Path, raw: Mapping[str, Any]) -> DecoderConfig:
         layers=whole("num_hidden_layers", 1, 4096),
         heads=heads,
         kv_heads=whole("num_key_value_heads", 1, heads, heads),
-        head_dim=whole("head_dim", 2, 4096, max(2, hidden // heads)),
+        head_dim=whole("head_dim", 2, 4096, 128 if architecture == "Qwen3ForCausalLM" else max(2, hidden // heads)),
         ffn=whole("intermediate_size", 1, 1 << 20),
         vocabulary=whole("vocab_size", 1, 1 << 24),
         context=context,
         rope_theta=float(_number(folder, {**raw, **rope}, "rope_theta", 1.0, 1e12, 10_000.0)),
-        rope_scaling=_rope_scaling(folder, raw.get("rope_scaling") or rope),
+        rope_scaling=_rope_scaling(folder, {"max_position_embeddings": context} | (raw.get("rope_scaling") or rope)),
         eps=float(_number(folder, raw, "rms_norm_eps", 0.0, 1.0, 1e-6)),
         tied=bool(raw.get("tie_word_embeddings", False)),
         bos=_token_ids(raw.get("bos_token_id"))[0] if _token_ids(raw.get("bos_token_id")) else None,
@@ -336,22 +349,32 @@ def _decoder_config(folder: Path, raw: Mapping[str, Any]) -> DecoderConfig:
     return config
 
 
-def _rope_scaling(folder: Path, raw: Any) -> RopeScaling | None:
-    if not isinstance(raw, dict):
-        return None
+def _rope_scaling(folder: Path, raw: Mapping[str, Any]) -> RopeScaling | None:
     kind = raw.get("rope_type") or raw.get("type") or "default"
-    if kind == "default":
+    if kind in ("default", "dynamic"):
+        # Dynamic scaling begins beyond the context that the model was trained for, which is where this engine ends.
         return None
-    if kind not in ("linear", "llama3"):
-        raise ModelUnsupported(
-            f"{folder}: this engine does not run rotary scaling {kind!r}", hint="it runs default, linear and llama3"
-        )
-    return RopeScaling(
-        kind=kind,
-        factor=float(_number(folder, raw, "factor", 1.0, 1e6)),
-        low_frequency_factor=float(_number(folder, raw, "low_freq_factor", 1e-3, 1e6, 1.0)),
-        high_frequency_factor=float(_number(folder, raw, "high_freq_factor", 1e-3, 1e6, 4.0)),
-        original_context=int(_number(folder, raw, "original_max_position_embeddings", 1, 1 << 24, 8192)),
+
+    def number(key: str, default: float | None = None) -> float:
+        return float(_number(folder, raw, key, 1e-3, 1e6, default))
+
+    factor = float(_number(folder, raw, "factor", 1.0, 1e6))
+    original = int(_number(folder, raw, "original_max_position_embeddings", 1, 1 << 24, raw["max_position_embeddings"]))
+    match kind:
+        case "linear":
+            return RopeScaling("linear", factor)
+        case "llama3":
+            return RopeScaling("llama3", factor, number("low_freq_factor", 1.0), number("high_freq_factor", 4.0), original)
+        case "yarn":
+            # https://arxiv.org/abs/2309.00071, with the two more factors that DeepSeek's models have.
+            shares = [raw.get(name) or 0 for name in ("mscale", "mscale_all_dim")]
+            over, under = (number("mscale"), number("mscale_all_dim")) if all(shares) else (1.0, 0.0)
+            growth = 0.1 * math.log(factor)
+            attention = number("attention_factor", (1 + over * growth) / (1 + under * growth))
+            turns = number("beta_slow", 1.0), number("beta_fast", 32.0)
+            return RopeScaling("yarn", factor, *turns, original, attention, bool(raw.get("truncate", True)))
+    raise ModelUnsupported(
+        f"{folder}: this engine does not run rotary scaling {kind!r}", hint="it runs default, linear, dynamic, llama3 and yarn"
     )
 
 

@@ -43,12 +43,16 @@ class Layer:
     ffn_norm: Tensor
     gate_up: Linear
     down: Linear
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
 
     def __call__(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """(rows, hidden) -> (rows, hidden)."""
         config, rows = self.config, hidden.shape[0]
         heads = self.qkv(rms_norm(hidden, self.attention_norm, config.eps)).view(rows, -1, config.head_dim)
         queries, keys, values = heads.split_with_sizes([config.heads, config.kv_heads, config.kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = rms_norm(queries, self.q_norm, config.eps), rms_norm(keys, self.k_norm, config.eps)
         attended = attend(rotate(queries, rotation), rotate(keys, rotation), values)
         hidden = hidden + self.o(attended.reshape(rows, -1))
         gate, up = self.gate_up(rms_norm(hidden, self.ffn_norm, config.eps)).chunk(2, dim=1)
@@ -78,6 +82,8 @@ class Decoder:
             ffn_norm=tensor(f"{at}.post_attention_layernorm.weight").float(),
             gate_up=linear((f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj")),
             down=linear((f"{at}.mlp.down_proj",)),
+            q_norm=tensor(f"{at}.self_attn.q_norm.weight").float() if self.config.normed_heads else None,
+            k_norm=tensor(f"{at}.self_attn.k_norm.weight").float() if self.config.normed_heads else None,
         )
 
     def with_linears(self, change: Callable[[Linear], Linear]) -> Decoder:
@@ -94,10 +100,11 @@ class Decoder:
         return functional.embedding(tokens, self.embedding).float()
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 (rows,) -> cosines and sines, each float32 (rows, 1, dim)."""
+        """int64 (rows,) -> cosines and sines, each float32 (rows, 1, dim), times what scaling multiplies them with."""
         angles = positions[:, None].float() * self._frequencies
         angles = torch.cat((angles, angles), dim=1)[:, None, :]
-        return angles.cos(), angles.sin()
+        factor = self.config.rope_scaling.attention if self.config.rope_scaling else 1.0
+        return angles.cos() * factor, angles.sin() * factor
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden) after the last layer -> float32 (rows, vocabulary)."""
@@ -195,8 +202,18 @@ def rotary_frequencies(config: DecoderConfig) -> Tensor:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    # llama3: long waves are stretched, short ones kept, those between are blended.
-    turns = scaling.original_context * frequencies / (2 * math.pi)
-    span = scaling.high_frequency_factor - scaling.low_frequency_factor
-    kept = ((turns - scaling.low_frequency_factor) / span).clamp(0, 1)
+    if scaling.kind == "llama3":
+        turns = scaling.original_context * frequencies / (2 * math.pi)
+        kept = (turns - scaling.low_turns) / (scaling.high_turns - scaling.low_turns)
+    else:
+        # A frequency's place where it would turn so often within the original context.
+        first, last = (
+            config.head_dim * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+            for turns in (scaling.high_turns, scaling.low_turns)
+        )
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, config.head_dim - 1)
+        kept = 1 - (torch.arange(len(frequencies)) - first) / (last - first or 1e-3)
+    kept = kept.clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor

@@ -153,7 +153,7 @@ def test_names_of_kernels_that_are_no_repositories_are_harmless(folder: Path) ->
         ({"architectures": ["GPT2LMHeadModel"]}, "does not run GPT2LMHeadModel"),
         ({"architectures": None}, "does not run"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 5, "group_size": 32}}, "5 bits"),
         ({"quantization_config": {"bits": 4, "group_size": 32, "is_marlin_format": True}}, "marlin"),

@@ -89,6 +89,23 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+# What AutoGPTQ, GPTQModel and optimum write beside what says how codes are packed.
+OF_OTHER_TOOLS = {
+    "is_marlin_format": False,
+    "damp_percent": 0.01,
+    "true_sequential": True,
+    "static_groups": False,
+    "model_name_or_path": None,
+    "model_file_base_name": None,
+    "lm_head": False,
+    "pack_dtype": "int32",
+    "meta": {"quantizer": ["gptqmodel:7.6.0"], "uri": "https://example.org", "damp_auto_increment": 0.0025},
+    "use_cuda_fp16": False,
+    "dataset": None,
+    "modules_in_block_to_quantize": None,
+}
+YARN = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+
 
 @pytest.mark.parametrize(
     "settings",
@@ -101,6 +118,16 @@ LLAMA3 = {
         {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}},
         {"architecture": "MistralForCausalLM", "sliding_window": None},
         {"architecture": "Qwen2ForCausalLM", "use_sliding_window": False},
+        {"architecture": "Qwen3ForCausalLM"},
+        {"architecture": "Qwen3ForCausalLM", "tie_word_embeddings": True, "head_dim": 32, "rope_parameters": YARN},
+        {"architecture": "Qwen3ForCausalLM", "bits": 4},
+        {"attention_bias": True},
+        {"rope_parameters": YARN},
+        {"rope_parameters": {**YARN, "truncate": False, "beta_fast": 16, "beta_slow": 2}},
+        {"rope_parameters": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.7}},
+        {"rope_parameters": {**YARN, "attention_factor": 1.3}},
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 4.0}},
+        {"rope_theta": 10000.0, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
         {"bits": 4},
         {"bits": 8},
     ],
@@ -214,6 +241,61 @@ def test_the_int4_kernel_computes_what_the_codes_say(
     inputs = torch.randn((rows, 64), generator=random)
     error = (fast(inputs) - reference(inputs)).norm() / reference(inputs).norm()
     assert 0 < error < 1e-2
+
+
+def laid_out(rows: NDArray[np.int64], bits: int) -> NDArray[np.int32]:
+    """(codes, columns) -> (words, columns): codes one after the other along the first axis, lowest bits first."""
+    words = np.zeros((len(rows) * bits // 32, rows.shape[1]), np.int64)
+    for place, row in enumerate(rows):
+        words[place * bits // 32] |= row << place * bits % 32
+    return words.astype(np.uint32).view(np.int32)
+
+
+@pytest.mark.parametrize("where", ["quantize_config.json", "config.json"])
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("desc_act", [False, True], ids=["plain", "act-order"])
+@pytest.mark.parametrize("sym", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("group", [-1, 32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_layout_computes_what_its_codes_stand_for(
+    tmp_path: Path, bits: int, group: int, sym: bool, desc_act: bool, layout: str, where: str
+) -> None:
+    random = np.random.default_rng(5)
+    shape = {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": 1}
+    plain = write_tiny_model(tmp_path / "plain", **shape)
+    tensors = load_file(plain / "model.safetensors")
+    stored = dict(tensors)
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        outputs, inputs = tensors[name].shape
+        groups = 1 if group == -1 else inputs // group
+        codes = random.integers(0, 2**bits, (inputs, outputs))
+        zeros = np.full((groups, outputs), 2 ** (bits - 1)) if sym else random.integers(1, 2**bits, (groups, outputs))
+        scales = random.uniform(0.5, 1.5, (groups, outputs)).astype(np.float16) / np.float16(2**bits * 4)
+        index = np.arange(inputs) // (inputs if group == -1 else group)
+        index = random.permutation(index) if desc_act else index
+        tensors[name] = torch.from_numpy(((codes - zeros[index]) * scales[index].astype(np.float32)).T.astype(np.float32).copy())
+        del stored[name]
+        at = name.removesuffix(".weight")
+        stored[f"{at}.qweight"] = torch.from_numpy(laid_out(codes, bits))
+        less = 1 if layout == "gptq" else 0
+        stored[f"{at}.qzeros"] = torch.from_numpy(laid_out((zeros - less).T, bits).T.copy())
+        stored[f"{at}.scales"] = torch.from_numpy(scales)
+        stored[f"{at}.g_idx"] = torch.from_numpy(index.astype(np.int32))
+    save_file(tensors, plain / "model.safetensors")
+    packed = write_tiny_model(tmp_path / "packed", **shape)
+    (packed / "model.safetensors").unlink()
+    save_file(stored, packed / f"gptq_model-{bits}bit-{group}g.safetensors")
+    how = {"bits": bits, "group_size": group, "desc_act": desc_act, "sym": sym, "checkpoint_format": layout, **OF_OTHER_TOOLS}
+    raw = json.loads((packed / "config.json").read_text())
+    if where == "config.json":
+        raw["quantization_config"] = {"quant_method": "gptq", **how}
+        (packed / "config.json").write_text(json.dumps(raw))
+    else:
+        (packed / "quantize_config.json").write_text(json.dumps(how))
+    tokens = some_tokens(40)
+    theirs = run(runner(open_checkpoint(plain)), tokens)
+    assert relative_error(run(runner(open_checkpoint(packed)), tokens), theirs) < 1e-5
+    assert 0 < relative_error(run(runner(open_checkpoint(packed), "int4"), tokens), theirs) < 5e-2
 
 
 def test_layers_the_int4_kernel_cannot_take_still_run(tmp_path: Path) -> None:
