@@ -268,7 +268,7 @@ class RunTrace:
         self._root = self._make("workflow", name, None)
         self._root.row["input_hash"] = self._row.get("input_hash")
         self._open[self._root.id] = self._root
-        self.tracer.write([*events, self._root.row])
+        self._put(self._root, events)
 
     def end(self, status: RunStatus, output: Any = None, error: BaseException | str | None = None, pending: Any = None) -> None:
         """Closes the workflow span and whatever is still open under it, and writes how the run ended. Never raises.
@@ -475,6 +475,10 @@ class RunTrace:
         if kind == "node" and self._meter is not None:
             self._meter.entered(str(opened.row["node"]), opened.id)
         self._guarded(self._begin, opened, input, attributes or {})
+        if "seq" not in opened.row:
+            # It could not be recorded: the gap shows.
+            with self._lock:
+                self._emitted = opened.row["seq"] = self._emitted + 1
         if kind == "node":
             self._tell(StepStarted(self.run_id, opened.row["node"], opened.row.get("step", 0), opened.path, opened.id))
         return opened
@@ -491,7 +495,6 @@ class RunTrace:
         clock = self.tracer.clock
         wall_ns, mono_ns = started or (clock.now_ns(), clock.monotonic_ns())
         with self._lock:
-            self._emitted = number = self._emitted + 1
             above = self._open.get(parent or "")
         row: Event = {
             "t": "span",
@@ -499,7 +502,6 @@ class RunTrace:
             "id": self.tracer.ids.new("sp"),
             "run_id": self.run_id,
             "parent_id": parent,
-            "seq": number,
             "kind": kind,
             "name": name,
             "status": "open",
@@ -527,7 +529,14 @@ class RunTrace:
             opened.row["input_hash"] = self.tracer.payload(payload, events)
         with self._lock:
             self._open[opened.id] = opened
-        self._write([*events, opened.row])
+        self._put(opened, events)
+
+    def _put(self, opened: Span, events: list[Event]) -> None:
+        """Writes a new span under the next number. Only what was acknowledged has one: a process that is killed leaves no gap."""
+        with self._lock:
+            opened.row["seq"] = self._emitted + 1
+            self._write([*events, opened.row])
+            self._emitted += 1
 
     def close(
         self,
