@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import zstandard
-from sqlalchemy import JSON, Connection, Engine, Table, bindparam, delete, func, select, update
+from sqlalchemy import JSON, ColumnElement, Connection, Engine, Table, bindparam, delete, func, select, true, update
 from sqlalchemy.dialects.sqlite import insert
 from sqlmodel import AutoString
 
@@ -46,10 +46,12 @@ def open_writer(settings: Settings, *, timeout_s: float | None = None) -> Iterat
 
 
 class StoreWriter:
-    """Made by `open_writer`; errors of SQLite leave its block as ours."""
+    """Made by `open_writer`; errors of the database leave its block as ours. A `shared` record is written by several homes: of
+    what another one writes nothing is taken for dead here."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, shared: bool = False) -> None:
         self._engine = engine
+        self._shared = shared
         self._compressor = zstandard.ZstdCompressor(level=3)
         self.rejected = 0
 
@@ -81,29 +83,25 @@ class StoreWriter:
                 changes = {"position": statement.excluded.position, "lost": place.c.lost + statement.excluded.lost}
                 connection.execute(statement.on_conflict_do_update(index_elements=["segment"], set_=changes), marks)
 
-    def bury(self, live: Sequence[str]) -> int:
-        """Marks as crashed what runs or is open in no live segment; returns the number of runs."""
-        runs, spans = table("run"), table("span")
+    def bury(self, live: Sequence[str], *, home: str) -> int:
+        """Marks as crashed what runs or is open in none of the home's live segments; returns the number of runs."""
         with self._engine.begin() as connection:
-            connection.execute(
-                update(spans).where(spans.c.status == "open", spans.c.segment.not_in(live)).values(status="crashed")
-            )
-            crashed = connection.execute(
-                update(runs).where(runs.c.status == "running", runs.c.segment.not_in(live)).values(status="crashed")
-            )
-            experiments = table("experiment")
-            connection.execute(
-                update(experiments)
-                .where(experiments.c.status == "running", experiments.c.segment.not_in(live))
-                .values(status="crashed")
-            )
-            return crashed.rowcount
+            crashed = 0
+            for name, alive in (("span", "open"), ("experiment", "running"), ("run", "running")):
+                rows = table(name)
+                dead = update(rows).where(rows.c.status == alive, rows.c.segment.not_in(live), self._of(home, rows.c.segment))
+                crashed = connection.execute(dead.values(status="crashed")).rowcount
+            return crashed
 
-    def forget(self, existing: Sequence[str]) -> None:
-        """Drops the positions of segments that are gone."""
-        positions = table("journal_position")
+    def forget(self, existing: Sequence[str], *, home: str) -> None:
+        """Drops the positions of the home's segments that are gone."""
+        segments = table("journal_position").c.segment
         with self._engine.begin() as connection:
-            connection.execute(delete(positions).where(positions.c.segment.not_in(existing)))
+            connection.execute(delete(segments.table).where(segments.not_in(existing), self._of(home, segments)))
+
+    def _of(self, home: str, segment: ColumnElement[str]) -> ColumnElement[bool]:
+        # In a home's own file everything is its own, also what was written before segments were named after their home.
+        return segment.startswith(f"{home}-", autoescape=True) if self._shared else true()
 
     def _rows(self, events: Iterable[Event]) -> dict[str, list[dict[str, Any]]]:
         found: dict[str, dict[Any, dict[str, Any]]] = {kind: {} for kind in _KINDS}

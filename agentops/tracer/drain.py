@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from agentops.errors import RecordError, StoreBroken, StoreLocked, StoreTooNew
 from agentops.settings import Settings
-from agentops.tracer.journal import SUFFIX, Event, Journal, claim, read
+from agentops.tracer.journal import SUFFIX, Event, Journal, claim, home_id, read
 
 if TYPE_CHECKING:
     from agentops.store import StoreWriter
@@ -69,8 +69,9 @@ def drain(folder: Path, writer: StoreWriter) -> Drained:
             stored += len(batch.events)
             for name, count in batch.lost.items():
                 lost[name] += count
-        crashed = writer.bury([name for name in segments if name not in dead])
-        writer.forget(list(segments))
+        home = home_id(folder)
+        crashed = writer.bury([name for name in segments if name not in dead], home=home)
+        writer.forget(list(segments), home=home)
         for name, fd in dead.items():
             _remove(segments[name], os.fstat(fd).st_size - positions.get(name, 0), lost[name])
     finally:

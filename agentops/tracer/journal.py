@@ -3,6 +3,7 @@
 A record is a header (length and CRC-32 of the payload, both unsigned 32 bit little-endian) and a msgpack payload. Its
 owner holds an exclusive `flock` on the file while it lives, so anyone can tell a dead owner's segment by trying the lock.
 What the store has taken is given back to the file system from the segment's beginning; positions stay as they were.
+A segment is named after its home, `<home id>-<id>.seg`: several homes may be drained into one store.
 The journal knows nothing of what the events mean and nothing of the store; it does not survive the machine's power loss.
 """
 
@@ -12,6 +13,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import struct
 import threading
 import weakref
@@ -33,6 +35,7 @@ _GIVEN_BACK_BYTES = 16_000_000
 """So much that was drained is given back at a time."""
 _PATIENCE_S = 0.7
 _PUNCH_HOLE_KEEP_SIZE = 3
+_HOME = re.compile(rb"home_[0-9A-Z]{26}\n")
 
 Event = dict[str, Any]
 
@@ -59,8 +62,9 @@ class Journal:
         try:
             self.folder.parent.mkdir(0o700, parents=True, exist_ok=True)
             self.folder.mkdir(0o700, exist_ok=True)
+            home = home_id(self.folder)
             while True:
-                self.path = self.folder / (UlidSource().new("j") + SUFFIX)
+                self.path = self.folder / f"{home}-{UlidSource().new('j')}{SUFFIX}"
                 self._fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
                 # Whoever drains may have taken the new file for a dead owner's before the lock was held.
@@ -168,6 +172,26 @@ class Journal:
                     self.path.unlink(missing_ok=True)
                 os.close(self._fd)
             self._closed = True
+
+
+def home_id(folder: Path) -> str:
+    """What segments in this folder are named after. It is made once; of several processes that need it at once, one makes it.
+
+    Raises:
+        OSError: the folder cannot be written, or is not there.
+    """
+    fd = os.open(folder / "home", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if not _HOME.fullmatch(found := os.read(fd, 100)):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            # Another process may have been first.
+            if not _HOME.fullmatch(found := os.pread(fd, 100, 0)):
+                found = f"{UlidSource().new('home')}\n".encode()
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, found, 0)
+    finally:
+        os.close(fd)
+    return found.decode().strip()
 
 
 def _after_fork(journal: Journal | None) -> None:

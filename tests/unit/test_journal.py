@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agentops.errors import JournalFull
-from agentops.tracer.journal import Event, Journal, claim, frame, read
+from agentops.tracer.journal import Event, Journal, claim, frame, home_id, read
 
 
 def events_in(segment: Path, position: int = 0) -> list[Event | None]:
@@ -203,7 +203,50 @@ def test_a_closed_journal_takes_nothing(journal: Journal) -> None:
 
 def test_a_journal_that_was_not_used_leaves_nothing(tmp_path: Path) -> None:
     Journal(tmp_path).close()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_segments_are_named_after_their_home_which_stays_the_same(tmp_path: Path) -> None:
+    here, there = Journal(tmp_path / "here"), Journal(tmp_path / "there")
+    again = Journal(tmp_path / "here")
+    assert here.segment.startswith(f"{home_id(tmp_path / 'here')}-")
+    assert again.segment.startswith(f"{home_id(tmp_path / 'here')}-")
+    assert here.segment != again.segment
+    assert home_id(tmp_path / "there") != home_id(tmp_path / "here")
+    for journal in (here, there, again):
+        journal.close()
+
+
+def test_processes_that_start_at_once_give_their_home_one_name(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib, time; from agentops.tracer.journal import home_id\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "print(*{home_id(pathlib.Path(sys.argv[1]) / str(number)) for number in range(200)}, sep=' ')"
+    )
+    for number in range(200):
+        (tmp_path / str(number)).mkdir()
+    children = [
+        subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for child in children:
+        assert child.stdout
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin
+        child.stdin.write("\n")
+        child.stdin.flush()
+    found = [set(child.communicate(timeout=30)[0].split()) for child in children]
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 200
+
+
+@pytest.mark.parametrize("left", [b"", b"home_01", b"home_01\n", bytes(32)])
+def test_a_name_that_was_not_finished_is_given_anew(tmp_path: Path, left: bytes) -> None:
+    (tmp_path / "home").write_bytes(left)
+    name = home_id(tmp_path)
+    assert len(name) == len("home_") + 26
+    assert home_id(tmp_path) == name
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
@@ -244,6 +287,7 @@ def test_a_drainer_that_takes_the_new_file_for_a_dead_one_does_no_harm(tmp_path:
             stolen.append(path)
         lock(fd, how)
 
+    home_id(tmp_path)
     monkeypatch.setattr("agentops.tracer.journal.fcntl.flock", slow_lock)
     journal = Journal(tmp_path)
     journal.append({"a": 1})

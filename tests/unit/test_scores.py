@@ -78,7 +78,7 @@ def test_an_experiment_whose_process_died_is_crashed(tracer: Tracer, settings: S
     begin(tracer, "exp_1", "first")
     tracer.flush()
     with open_writer(settings) as writer:
-        writer.bury([])
+        writer.bury([], home="home_1")
     catch_up(settings)
     with open_store(settings) as store:
         assert store.experiment("exp_1").status == "crashed"

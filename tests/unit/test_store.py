@@ -24,7 +24,7 @@ from agentops.errors import RecordError, RunNotFound, StoreBroken, StoreLocked, 
 from agentops.records import PromptVersion
 from agentops.settings import PathSettings, RecordSettings, Settings
 from agentops.store import Store, StoreWriter, open_store, open_writer
-from agentops.store.opening import HEAD, REVISIONS, reading_engine
+from agentops.store.opening import HEAD, REVISIONS, reading_engine, writing_engine
 
 
 def run_event(name: str, ns: int, **more: Any) -> dict[str, Any]:
@@ -176,8 +176,8 @@ def test_runs_and_spans_without_a_living_segment_are_crashed(settings: Settings)
             {"a.seg": 1, "b.seg": 1},
             {},
         )
-        assert writer.bury(["b.seg"]) == 1
-        writer.forget(["b.seg"])
+        assert writer.bury(["b.seg"], home="home_1") == 1
+        writer.forget(["b.seg"], home="home_1")
         assert writer.positions() == {"b.seg": 1}
     with open_store(settings) as store:
         assert {row.id: row.status for row in store.runs()} == {"run_1": "crashed", "run_2": "running", "run_3": "waiting"}
@@ -186,6 +186,28 @@ def test_runs_and_spans_without_a_living_segment_are_crashed(settings: Settings)
             "sp_2": "ok",
             "sp_3": "open",
         }
+
+
+def test_a_home_that_shares_a_record_finds_none_dead_but_its_own(settings: Settings) -> None:
+    running = {name: f"home_{name}-j_1.seg" for name in ("a", "ab")}
+    for shared, dead in ((True, {"run_a"}), (False, {"run_a", "run_ab", "run_old"})):
+        with writing_engine(settings, 1) as engine:
+            writer = StoreWriter(engine, shared=shared)
+            writer.apply(
+                [
+                    *(run_event(f"run_{name}", 1, segment=segment) for name, segment in running.items()),
+                    *(span_event(f"sp_{name}", f"run_{name}", segment=segment) for name, segment in running.items()),
+                    run_event("run_old", 1, segment="j_1.seg"),
+                ],
+                dict.fromkeys([*running.values(), "j_1.seg"], 1),
+                {},
+            )
+            assert writer.bury([], home="home_a") == len(dead)
+            writer.forget([], home="home_a")
+            assert set(writer.positions()) == ({running["ab"], "j_1.seg"} if shared else set())
+        with open_store(settings) as store:
+            assert {row.id for row in store.runs(status="crashed")} == dead
+            assert [store.span(name).status for name in ("sp_a", "sp_ab")] == ["crashed", "open" if shared else "crashed"]
 
 
 # Files and schemas
@@ -356,7 +378,7 @@ def test_the_store_is_what_any_order_of_batches_and_repeats_leads_to(settings: S
         @rule()
         def bury(self) -> None:
             with open_writer(settings) as writer:
-                writer.bury([])
+                writer.bury([], home="home_1")
             self.status = {name: "crashed" if status == "running" else status for name, status in self.status.items()}
 
         @invariant()

@@ -92,7 +92,7 @@ def record(settings: Settings) -> Store:
 
 
 def segments(settings: Settings) -> list[Path]:
-    return sorted((settings.paths.home / "journal").iterdir())
+    return sorted(path for path in (settings.paths.home / "journal").iterdir() if path.name != "home")
 
 
 def test_a_killed_process_loses_nothing_and_its_run_shows_as_crashed(settings: Settings) -> None:
