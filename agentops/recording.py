@@ -13,7 +13,6 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Never, TypeVar
 from uuid import UUID
 
@@ -24,6 +23,7 @@ from agentops.diff import Difference, unequal
 from agentops.errors import AgentOpsError, RecordError, ReplayDiverged
 from agentops.records import (
     ChoiceScore,
+    Completion,
     Delta,
     Document,
     Generation,
@@ -302,9 +302,7 @@ class ReplayedEngine:
         given, parameters = asked(request)
         span = self._recording.find("generation", "generate", given, {name: parameters.get(name) for name in PARAMETERS})
         if (result := span.attributes.get("result")) is not None:
-            made = self._recording.content(result)
-            answer = Generation(**{**made, "usage": Usage(**made["usage"]), "timing": Timing(**made["timing"])})
-            answer = replace(answer, tokens=tuple(answer.tokens), logprobs=tuple(answer.logprobs))
+            answer = _generation(self._recording.content(result))
             for text in _pieces(answer.text, span.attributes.get("pieces", ())):
                 yield Delta(text)
             yield answer
@@ -329,6 +327,17 @@ class ReplayedEngine:
 
     async def close(self) -> None:
         return
+
+
+def _generation(made: dict[str, Any]) -> Generation:
+    whole = {"usage": Usage(**made["usage"]), "timing": Timing(**made["timing"])}
+    others = tuple(Completion(**{**one, **_listed(one)}) for one in made.get("others", ()))
+    return Generation(**{**made, **_listed(made), **whole, "others": others})
+
+
+def _listed(made: dict[str, Any]) -> dict[str, Any]:
+    top = tuple(tuple((token, logprob) for token, logprob in place) for place in made.get("top_logprobs", ()))
+    return {"tokens": tuple(made["tokens"]), "logprobs": tuple(made["logprobs"]), "top_logprobs": top}
 
 
 def _pieces(text: str, lengths: Sequence[int]) -> Iterator[str]:

@@ -56,9 +56,10 @@ class Constraint:
     """What the output must match.
 
     json_schema: `value` is a JSON schema (a dict).  regex: `value` is a pattern.  choice: `value` is a list of strings.
+    lark: `value` is a grammar in Lark's notation whose rule `start` is the whole output.
     """
 
-    kind: Literal["json_schema", "regex", "choice"]
+    kind: Literal["json_schema", "regex", "choice", "lark"]
     value: Any
 
 
@@ -66,9 +67,15 @@ class Constraint:
 class Request:
     """One model call. Exactly one of `messages` (the chat template is applied) and `text` (taken as it is) is given.
 
-    `max_tokens` bounds the output. `temperature` 0 is greedy. `stop` strings end the output and are not part of it.
-    `seed` makes sampling reproducible. `tenant` keeps cached prefixes apart. `trim` allows cutting the oldest part of
-    a prompt that does not fit; the usage then says how many tokens were cut.
+    `max_tokens` bounds the output. `temperature` 0 is greedy. `stop` strings and `stop_tokens` end the output and are not part
+    of its text. `seed` makes sampling reproducible. `tenant` keeps cached prefixes apart. `trim` allows cutting the oldest part
+    of a prompt that does not fit; the usage then says how many tokens were cut.
+
+    Before a token is chosen: `repetition_penalty` divides positive logits (and multiplies negative ones) of tokens that the
+    prompt or the output has, `presence_penalty` is taken off those of the output, `logit_bias` is added by token, the
+    constraint rules out. Then, where one is drawn: `top_k` likeliest, those at least `min_p` times as likely as the likeliest,
+    and of these the fewest whose shares reach `top_p`. `top_logprobs` asks for so many likeliest tokens at each place.
+    `n` answers are made from one prompt, which is computed once; what is streamed is the first of them.
     """
 
     messages: tuple[Message, ...] = ()
@@ -82,6 +89,13 @@ class Request:
     constraint: Constraint | None = None
     tenant: str = ""
     trim: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_tokens: tuple[int, ...] = ()
+    top_logprobs: int = 0
+    n: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +131,21 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class Completion:
+    """One of several answers to the same request; as the fields of `Generation`."""
+
+    text: str
+    finish_reason: FinishReason
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
-    """The result of one model call. `logprobs` has one natural logarithm a generated token, aligned with `tokens`."""
+    """The result of one model call. `logprobs` has one natural logarithm a generated token, aligned with `tokens`; so has
+    `top_logprobs`, where it was asked for, the likeliest tokens there with theirs. They are the model's own, before anything
+    the request asks for changed them. `others` are the second and later of `n` answers."""
 
     text: str
     finish_reason: FinishReason
@@ -128,6 +155,8 @@ class Generation:
     device: str
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    others: tuple[Completion, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,18 @@ from agentops.clock import Clock
 from agentops.engine.sampler import Logits, Sampler, log_probabilities, log_sum_exp
 from agentops.engine.sequence import Sequence
 from agentops.engine.tokenizer import Writer
-from agentops.records import ChoiceScore, Delta, FinishReason, Generation, ModelInfo, ScoreRequest, Scores, Timing, Usage
+from agentops.records import (
+    ChoiceScore,
+    Completion,
+    Delta,
+    FinishReason,
+    Generation,
+    ModelInfo,
+    ScoreRequest,
+    Scores,
+    Timing,
+    Usage,
+)
 
 Event = Delta | Generation | Scores | Exception
 
@@ -28,6 +39,8 @@ class Call:
         self.sequence = sequence
         self.send = send
         self.over = False
+        self.ended: list[Sequence] = []
+        """Sequences that need no more steps while others of the call go on."""
         self._events: list[Event] = []
         self._info, self._clock = info, clock
         self.arrived = clock.monotonic_ns()
@@ -68,69 +81,108 @@ class Call:
         )
 
 
+class Draft:
+    """One answer while it is made: how its tokens are chosen, and the text that they become."""
+
+    def __init__(self, sampler: Sampler, writer: Writer) -> None:
+        self.sampler, self.writer = sampler, writer
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.top_logprobs: list[tuple[tuple[int, float], ...]] = []
+        self.reason: FinishReason | None = None
+
+    def add(self, logits: Logits, ends: frozenset[int], limit: int) -> str:
+        """Chooses a token and returns the text that has become certain with it; `reason` is set when it was the last."""
+        token, logprob, top, complete = self.sampler.choose(logits)
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.top_logprobs.append(top)
+        text = ""
+        if token in ends:
+            self.reason = "stop"
+        else:
+            text = self.writer.add(token)
+            if self.writer.stopped or complete:
+                self.reason = "stop"
+            elif len(self.tokens) == limit:
+                self.reason = "length"
+        return text + self.writer.finish() if self.reason else text
+
+    def answer(self) -> Completion:
+        top = tuple(self.top_logprobs) if any(self.top_logprobs) else ()
+        return Completion(self.writer.text, self.reason or "length", tuple(self.tokens), tuple(self.logprobs), top)
+
+
 class GenerateCall(Call):
-    """Text after a prompt of at least one token."""
+    """Text after a prompt of at least one token, once for each of `drafts`.
+
+    The first goes on in the sequence that computes the prompt, the others fork from it, each in blocks of its own.
+    """
 
     def __init__(
         self,
         prompt: list[int],
+        drafts: Tokens[Draft],
         *,
         namespace: Hashable,
         max_tokens: int,
         trimmed: int,
-        eos: frozenset[int],
-        sampler: Sampler,
-        writer: Writer,
+        ends: frozenset[int],
         send: Callable[[Event], None],
         info: ModelInfo,
         clock: Clock,
     ) -> None:
-        sequence = Sequence(namespace, list(prompt), len(prompt) - 1, None, room=max_tokens, decodes=True)
+        length = len(prompt)
+        forks = tuple(
+            Sequence(namespace, list(prompt), length, None, room=max_tokens, decodes=True, private=True)
+            for _ in (drafts[1:] if max_tokens else ())
+        )
+        sequence = Sequence(
+            namespace, list(prompt), length - 1, None, room=max_tokens, decodes=True, forks=forks, fork_at=length if forks else 0
+        )
         super().__init__(sequence, send, info, clock)
-        self._max_tokens, self._trimmed, self._eos = max_tokens, trimmed, eos
-        self._sampler, self._writer = sampler, writer
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
+        self._max_tokens, self._trimmed, self._ends = max_tokens, trimmed, ends
+        self._drafts = drafts
+        self._draft_of = dict(zip((sequence, *forks), drafts, strict=False))
 
     def take(self, sequence: Sequence, first: int, logits: Logits) -> int:
-        """Chooses the next token from the last row."""
+        """Chooses the next token from the last row; every draft's first one from the prompt's."""
         self._seen()
         if self._max_tokens == 0:
-            self._finish("length")
+            self._finish()
             return 0
-        token, logprob, complete = self._sampler.choose(logits[-1])
-        self._tokens.append(token)
-        self._logprobs.append(logprob)
-        if token in self._eos:
-            self._finish("stop")
-            return 1
-        self._say(self._writer.add(token))
-        if self._writer.stopped or complete:
-            self._finish("stop")
-        elif len(self._tokens) == self._max_tokens:
-            self._finish("length")
-        else:
-            sequence.tokens.append(token)
-        return 1
+        begins = not self._drafts[0].tokens
+        parts = (sequence, *sequence.forks) if begins else (sequence,)
+        for part in parts:
+            draft = self._draft_of[part]
+            text = draft.add(logits[-1], self._ends, self._max_tokens)
+            if text and draft is self._drafts[0]:
+                self._events.append(Delta(text))
+            if draft.reason is None:
+                part.tokens.append(draft.tokens[-1])
+            else:
+                self.ended.append(part)
+        if all(draft.reason for draft in self._drafts):
+            self._finish()
+        return len(parts)
 
-    def _say(self, text: str) -> None:
-        if text:
-            self._events.append(Delta(text))
-
-    def _finish(self, reason: FinishReason) -> None:
+    def _finish(self) -> None:
         self.over = True
-        self._say(self._writer.finish())
         inputs, cached = self.sequence.inputs, self.sequence.cached
+        first, *others = (draft.answer() for draft in self._drafts)
+        outputs = sum(len(draft.tokens) for draft in self._drafts)
         self._events.append(
             Generation(
-                text=self._writer.text,
-                finish_reason=reason,
-                usage=Usage(inputs, len(self._tokens), cached, inputs - cached, self._trimmed),
+                text=first.text,
+                finish_reason=first.finish_reason,
+                usage=Usage(inputs, outputs, cached, inputs - cached, self._trimmed),
                 timing=self._timing(),
                 model=self._info.name,
                 device=self._info.device,
-                tokens=tuple(self._tokens),
-                logprobs=tuple(self._logprobs),
+                tokens=first.tokens,
+                logprobs=first.logprobs,
+                top_logprobs=first.top_logprobs,
+                others=tuple(others),
             )
         )
 

@@ -6,7 +6,7 @@ It renders no prompts and records nothing: wrappers of the engine do.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -34,7 +34,10 @@ from agentops.errors import UsageError
 from agentops.records import Constraint, Delta, Generation, Message, Request, Role
 from agentops.sync import iterate_sync, run_sync
 
-_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "constraint", "tenant", "trim")
+_OPTIONS = (
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "logit_bias"),
+    *("seed", "constraint", "tenant", "trim"),
+)
 
 
 class EngineChatModel(BaseChatModel):
@@ -51,6 +54,10 @@ class EngineChatModel(BaseChatModel):
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = Field(default_factory=dict)
     seed: int | None = None
     stop: Sequence[str] = ()
     tenant: str = ""

@@ -7,6 +7,9 @@ from agentops.records import Request, ScoreRequest
 
 _STOPS, _STOP_CHARACTERS = 32, 500
 _CHOICES = 1_000
+_TOKENS = 10_000
+_TOP_LOGPROBS = 100
+_ANSWERS = 128
 
 
 def check_request(request: Request, input_bytes: int) -> None:
@@ -20,12 +23,22 @@ def check_request(request: Request, input_bytes: int) -> None:
     _within("temperature", request.temperature, 0, 100)
     _within("top_p", request.top_p, 1e-6, 1)
     _within("top_k", request.top_k, 0, 10_000_000)
+    _within("min_p", request.min_p, 0, 1)
+    _within("repetition_penalty", request.repetition_penalty, 0.01, 100)
+    _within("presence_penalty", request.presence_penalty, -100, 100)
+    _within("top_logprobs", request.top_logprobs, 0, _TOP_LOGPROBS)
+    _within("n", request.n, 1, _ANSWERS)
     _within("seed", request.seed or 0, 0, 2**63 - 1)
     if len(request.stop) > _STOPS or any(not 0 < len(text) <= _STOP_CHARACTERS for text in request.stop):
         raise UsageError(
             f"at most {_STOPS} stop strings of 1 to {_STOP_CHARACTERS} characters are possible",
             hint="take some out, or look for them in the finished text",
         )
+    for name, tokens in (("stop_tokens", request.stop_tokens), ("logit_bias", request.logit_bias)):
+        if len(tokens) > _TOKENS or any(type(token) is not int or token < 0 for token in tokens):
+            raise UsageError(f"{name} names at most {_TOKENS:,} tokens, each by its number")
+    for value in request.logit_bias.values():
+        _within("logit_bias", value, -100, 100)
 
 
 def check_score_request(request: ScoreRequest, input_bytes: int) -> None:

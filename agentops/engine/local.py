@@ -20,7 +20,7 @@ import numpy as np
 
 from agentops.clock import Clock, SystemClock
 from agentops.engine.blocks import BlockPool
-from agentops.engine.calls import Call, Event, GenerateCall, ScoreCall
+from agentops.engine.calls import Call, Draft, Event, GenerateCall, ScoreCall
 from agentops.engine.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from agentops.engine.limits import check_request, check_score_request
 from agentops.engine.runners import Batch, Runner
@@ -109,6 +109,8 @@ class LocalEngine:
         """As `Engine.stream`."""
         self._check_open()
         check_request(request, self._settings.input_bytes)
+        if (unknown := max(request.logit_bias, default=-1)) >= self._info.vocabulary:
+            raise UsageError(f"logit_bias names token {unknown:,}, the model has {self._info.vocabulary:,}")
         grammar = None
         with _panics_told():
             prompt, trimmed = await _aside(request, lambda: self._prompt(request))
@@ -119,26 +121,28 @@ class LocalEngine:
             number = self._requests
         # Unseeded requests differ from each other and are the same in every run of the program.
         entropy = [self._seed, number] if request.seed is None else [request.seed]
-        sampler = Sampler(
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            generator=np.random.default_rng(entropy),
-            grammar=grammar,
-        )
+        drafts = []
+        for place in range(request.n):
+            generator = np.random.default_rng([*entropy, place] if place else entropy)
+            rules = grammar.twin() if grammar and place else grammar
+            sampler = Sampler(request, prompt=prompt, generator=generator, grammar=rules)
+            drafts.append(Draft(sampler, self._tokenizer.writer(prompt, request.stop)))
         events, send = self._mailbox()
         call = GenerateCall(
             prompt,
+            drafts,
             namespace=(self._info.revision, request.tenant),
             max_tokens=request.max_tokens,
             trimmed=trimmed,
-            eos=self._tokenizer.eos,
-            sampler=sampler,
-            writer=self._tokenizer.writer(prompt, request.stop),
+            ends=self._tokenizer.eos.union(request.stop_tokens),
             send=send,
             info=self._info,
             clock=self._clock,
         )
+        if request.n > self._settings.max_batch:
+            raise UsageError(f"{request.n} answers at once are more than engine.max_batch, {self._settings.max_batch}")
+        if (needed := self._scheduler.blocks_needed(call.sequence)) > self._pool.total:
+            raise PromptTooLong(len(prompt), (needed - self._pool.blocks_for(len(prompt))) * BLOCK, self._pool.total * BLOCK)
         self._submit(call)
         try:
             while True:
@@ -324,6 +328,9 @@ class LocalEngine:
                 continue
             if call.over:
                 self._end(call)
+            elif call.ended:
+                self._scheduler.retire(call.ended)
+                call.ended = []
             # Only now, so that whoever gets the last event finds the books closed and the blocks free.
             call.deliver()
 

@@ -7,14 +7,15 @@ logits and the same seed give the same token. It knows token numbers, not text; 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from agentops.errors import ConstraintInvalid
-from agentops.records import Constraint
+from agentops.records import Constraint, Request
 
 Logits = NDArray[np.float32]
 
@@ -46,6 +47,10 @@ class Grammar:
         if self._matcher.is_error():
             raise _invalid(self._matcher.get_error())
         return bool(self._matcher.is_stopped())
+
+    def twin(self) -> Grammar:
+        """Another that goes on from here by itself."""
+        return Grammar(self._matcher.deep_copy(), len(self._mask) * 32)
 
 
 def compile_constraint(constraint: Constraint, tokenizer: LLTokenizer) -> Grammar:
@@ -84,6 +89,10 @@ def _grammar(constraint: Constraint) -> str:
             if not isinstance(value, str):
                 raise _invalid("a regular expression is a string")
             return LLMatcher.grammar_from_regex(value)
+        if constraint.kind == "lark":
+            if not isinstance(value, str):
+                raise _invalid("a Lark grammar is a string")
+            return LLMatcher.grammar_from_lark(value)
         choices = [value] if isinstance(value, str) else list(value)
         if not choices or len(choices) > _CHOICES or not all(isinstance(choice, str) and choice for choice in choices):
             raise _invalid(f"choices are 1 to {_CHOICES:,} strings that are not empty")
@@ -94,40 +103,90 @@ def _grammar(constraint: Constraint) -> str:
 
 def _invalid(why: str) -> ConstraintInvalid:
     return ConstraintInvalid(
-        f"the constraint cannot be used: {why.strip()[:500]}", hint="see agentops.records.Constraint for the three kinds"
+        f"the constraint cannot be used: {why.strip()[:500]}", hint="see agentops.records.Constraint for the four kinds"
     )
 
 
+class Chosen(NamedTuple):
+    """A token, its log-probability, the likeliest tokens in its place with theirs, and whether the grammar ends with it."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    over: bool
+
+
 class Sampler:
-    """One sequence's choices. `generator` draws where `temperature` is above 0."""
+    """One sequence's choices: how is what `request` says. `prompt` are its tokens, `generator` draws where there is a
+    temperature."""
 
     def __init__(
-        self, *, temperature: float, top_p: float, top_k: int, generator: np.random.Generator, grammar: Grammar | None = None
+        self, request: Request, *, prompt: Sequence[int], generator: np.random.Generator, grammar: Grammar | None = None
     ) -> None:
-        self._temperature, self._top_p, self._top_k = temperature, top_p, top_k
+        self._request = request
         self._generator = generator
         self._grammar = grammar
+        self._bias = (np.array(list(request.logit_bias), np.int64), np.array(list(request.logit_bias.values()), np.float32))
+        self._read = set(prompt) if request.repetition_penalty != 1 else set()
+        self._made: set[int] = set()
 
-    def choose(self, logits: Logits) -> tuple[int, float, bool]:
-        """The next token of logits (vocabulary,), its log-probability, and whether the grammar ends with it."""
-        weighed = logits
-        if self._grammar is not None:
-            weighed = np.where(self._grammar.allowed(len(logits)), logits, -np.inf)
-        token = int(np.argmax(weighed)) if self._temperature == 0 else self._draw(weighed)
+    def choose(self, logits: Logits) -> Chosen:
+        """The next token of logits (vocabulary,).
+
+        Raises:
+            ConstraintInvalid: the grammar grew beyond the matcher's limits.
+        """
+        weighed = self._weighed(logits)
+        token = int(np.argmax(weighed)) if self._request.temperature == 0 else self._draw(weighed)
+        self._made.add(token)
         over = self._grammar is not None and self._grammar.accept(token)
-        return token, float(logits[token] - log_sum_exp(logits)), over
+        total = log_sum_exp(logits)
+        top = _likeliest(logits, self._request.top_logprobs)
+        return Chosen(token, float(logits[token] - total), tuple((one, float(logits[one] - total)) for one in top), over)
+
+    def _weighed(self, logits: Logits) -> Logits:
+        """The logits after penalties, bias and grammar."""
+        asked = self._request
+        if asked.repetition_penalty == 1 and asked.presence_penalty == 0 and not asked.logit_bias:
+            return self._ruled(logits)
+        weighed = logits.copy()
+        if asked.repetition_penalty != 1:
+            seen = np.fromiter(self._read | self._made, np.int64)
+            held = weighed[seen]
+            weighed[seen] = np.where(held > 0, held / asked.repetition_penalty, held * asked.repetition_penalty)
+        weighed[np.fromiter(self._made, np.int64)] -= asked.presence_penalty
+        tokens, values = self._bias
+        weighed[tokens] += values
+        return self._ruled(weighed)
+
+    def _ruled(self, logits: Logits) -> Logits:
+        return logits if self._grammar is None else np.where(self._grammar.allowed(len(logits)), logits, np.float32(-np.inf))
 
     def _draw(self, logits: Logits) -> int:
-        scaled = logits.astype(np.float64) / self._temperature
+        asked = self._request
+        scaled = logits.astype(np.float64) / asked.temperature
         order = np.argsort(-scaled, kind="stable")
-        if self._top_k:
-            order = order[: self._top_k]
+        if asked.top_k:
+            order = order[: asked.top_k]
         weights = np.exp(scaled[order] - scaled[order[0]])
+        if asked.min_p:
+            # The likeliest has the weight 1.
+            weights = weights[: int(np.count_nonzero(weights >= asked.min_p))]
         shares = np.cumsum(weights / weights.sum())
         # The token that crosses the line is still in, so that there is always one.
-        kept = int(np.searchsorted(shares, self._top_p)) + 1 if self._top_p < 1 else len(order)
-        point = self._generator.random() * shares[min(kept, len(order)) - 1]
+        kept = int(np.searchsorted(shares, asked.top_p)) + 1 if asked.top_p < 1 else len(shares)
+        point = self._generator.random() * shares[min(kept, len(shares)) - 1]
         return int(order[np.searchsorted(shares, point, side="right")])
+
+
+def _likeliest(logits: Logits, count: int) -> list[int]:
+    """The numbers of the `count` greatest, greatest first, of equal ones the lowest number first."""
+    if count == 0:
+        return []
+    count = min(count, len(logits))
+    least = np.partition(logits, -count)[-count]
+    found = np.flatnonzero(logits >= least)
+    return [int(token) for token in found[np.argsort(-logits[found], kind="stable")][:count]]
 
 
 def log_sum_exp(logits: NDArray[Any]) -> NDArray[Any]:

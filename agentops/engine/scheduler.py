@@ -51,7 +51,7 @@ class Scheduler:
         """What admission takes when nothing is cached."""
         own = self.pool.blocks_for(len(sequence.tokens) + sequence.room)
         shared = sequence.fork_at // self.pool.size
-        return own + sum(self.pool.blocks_for(len(fork.tokens)) - shared for fork in sequence.forks)
+        return own + sum(self.pool.blocks_for(len(fork.tokens) + fork.room) - shared for fork in sequence.forks)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -102,12 +102,15 @@ class Scheduler:
 
     def finish(self, sequences: Iterable[Sequence]) -> None:
         """Takes the sequences of one owner out, whatever their state, and gives their blocks back."""
-        for sequence in sequences:
-            for part in (sequence, *sequence.forks):
-                if not part.over:
-                    part.over = True
-                    self.pool.release(part.table)
-                    part.table = []
+        self.retire(part for sequence in sequences for part in (sequence, *sequence.forks))
+
+    def retire(self, parts: Iterable[Sequence]) -> None:
+        """Takes sequences out by themselves; what forked from them goes on."""
+        for part in parts:
+            if not part.over:
+                part.over = True
+                self.pool.release(part.table)
+                part.table = []
         self.running = [sequence for sequence in self.running if not sequence.over]
         self.waiting = deque(sequence for sequence in self.waiting if not sequence.over)
 
@@ -123,7 +126,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence, claimed: set[object]) -> Literal["admitted", "later", "full"]:
         """later: others may go first.  full: the blocks are not there, and nobody may take them from under it."""
         pool = self.pool
-        if sequence.decodes and sum(other.decodes for other in self.running) >= self._max_batch:
+        if sequence.decodes and sum(map(_lines, self.running)) + _lines(sequence) > self._max_batch:
             return "later"
         held, node = pool.match(sequence.namespace, sequence.tokens, sequence.wanted_from // pool.size)
         full = len(sequence.tokens) >= (len(held) + 1) * pool.size
@@ -140,7 +143,7 @@ class Scheduler:
         shared = sequence.fork_at // pool.size
         for fork in sequence.forks:
             pool.share(sequence.table[:shared])
-            fork.table = sequence.table[:shared] + pool.allocate(pool.blocks_for(len(fork.tokens)) - shared)
+            fork.table = sequence.table[:shared] + pool.allocate(pool.blocks_for(len(fork.tokens) + fork.room) - shared)
         self.running.append(sequence)
         return "admitted"
 
@@ -151,3 +154,9 @@ class Scheduler:
             if sequence.fork_at % self.pool.size:
                 fork.copy_from = sequence.table[shared]
             self.running.append(fork)
+
+
+def _lines(sequence: Sequence) -> int:
+    """How many rows of a step it takes when it decodes, with those that have yet to fork from it."""
+    waiting = 0 if sequence.computed >= sequence.fork_at else len(sequence.forks)
+    return 1 + waiting if sequence.decodes else 0

@@ -20,6 +20,7 @@ from agentops.engine.limits import check_request, check_score_request
 from agentops.errors import ConstraintInvalid, EngineClosed, PromptTooLong
 from agentops.records import (
     ChoiceScore,
+    Completion,
     Constraint,
     Delta,
     FinishReason,
@@ -109,6 +110,7 @@ class ScriptedEngine:
             raise answer
         _check_answer(answer, request.constraint)
         pieces, reason = _limited(answer, request)
+        others = [_answered(self._further(request), request) for _ in range(request.n - 1)]
         first = begin
         made = 0
         try:
@@ -128,12 +130,14 @@ class ScriptedEngine:
         yield Generation(
             text="".join(pieces),
             finish_reason=reason,
-            usage=self._usage(prompt, request.tenant, output=len(pieces), trimmed=trimmed),
+            usage=self._usage(
+                prompt, request.tenant, output=len(pieces) + sum(len(one.tokens) for one in others), trimmed=trimmed
+            ),
             timing=Timing(prefill_ms=(first - begin) / 1e6, decode_ms=(end - first) / 1e6, first_token_ms=(first - begin) / 1e6),
             model=self._name,
             device="none",
-            tokens=tuple(_token_id(piece) for piece in pieces),
-            logprobs=(0.0,) * len(pieces),
+            **_tokens_of(pieces, request),
+            others=tuple(others),
         )
 
     async def score(self, request: ScoreRequest) -> Scores:
@@ -192,6 +196,13 @@ class ScriptedEngine:
         self._played += 1
         return self._answers[self._played - 1]
 
+    def _further(self, request: Request) -> str:
+        answer = self._answer(request)
+        if isinstance(answer, Exception):
+            raise answer
+        _check_answer(answer, request.constraint)
+        return answer
+
     def _usage(self, prompt: tuple[str, ...], tenant: str, *, output: int = 0, trimmed: int = 0) -> Usage:
         seen = self._seen.setdefault(tenant, set())
         # The last token is always computed: its logits are what the answer starts from.
@@ -219,9 +230,24 @@ def _shared(one: Sequence[str], other: Sequence[str]) -> int:
 def _limited(answer: str, request: Request) -> tuple[list[str], FinishReason]:
     ends = [at for stop in request.stop if stop and (at := answer.find(stop)) >= 0]
     pieces = list(_tokens(answer[: min(ends)] if ends else answer))
+    ending = [at for at, piece in enumerate(pieces) if _token_id(piece) in request.stop_tokens]
+    if ending and ending[0] < request.max_tokens:
+        return pieces[: ending[0]], "stop"
     if len(pieces) > request.max_tokens:
         return pieces[: request.max_tokens], "length"
     return pieces, "stop"
+
+
+def _answered(answer: str, request: Request) -> Completion:
+    pieces, reason = _limited(answer, request)
+    return Completion("".join(pieces), reason, **_tokens_of(pieces, request))
+
+
+def _tokens_of(pieces: Sequence[str], request: Request) -> dict[str, Any]:
+    """Every token is certain: its logarithm is 0, and nothing else is likely."""
+    tokens = tuple(map(_token_id, pieces))
+    top = tuple(((token, 0.0),) for token in tokens) if request.top_logprobs else ()
+    return {"tokens": tokens, "logprobs": (0.0,) * len(tokens), "top_logprobs": top}
 
 
 def _check_constraint(constraint: Constraint | None) -> None:
@@ -231,6 +257,7 @@ def _check_constraint(constraint: Constraint | None) -> None:
     sound = {
         "json_schema": isinstance(value, dict),
         "regex": isinstance(value, str) and _compiles(value),
+        "lark": isinstance(value, str) and _described(value),
         "choice": isinstance(value, Iterable)
         and not isinstance(value, str)
         and bool(value)
@@ -248,6 +275,19 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
+def _described(grammar: str) -> bool:
+    from llguidance import LLMatcher
+
+    return not LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(grammar))
+
+
+def _derives(grammar: str, text: str) -> bool:
+    from llguidance import LLMatcher, LLTokenizer
+
+    matcher, raw = LLMatcher(LLTokenizer("byte"), LLMatcher.grammar_from_lark(grammar), log_level=0), text.encode()
+    return bool(matcher.try_consume_tokens(list(raw)) == len(raw) and matcher.is_accepting())
+
+
 def _check_answer(answer: str, constraint: Constraint | None) -> None:
     if constraint is None:
         return
@@ -255,6 +295,8 @@ def _check_answer(answer: str, constraint: Constraint | None) -> None:
         fits = answer in constraint.value
     elif constraint.kind == "regex":
         fits = re.fullmatch(constraint.value, answer) is not None
+    elif constraint.kind == "lark":
+        fits = _derives(constraint.value, answer)
     else:
         fits = _matches(answer, constraint.value)
     if not fits:

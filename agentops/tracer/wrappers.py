@@ -89,7 +89,9 @@ class TracedEngine:
         await self._engine.close()
 
 
-PARAMETERS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+_SHAPING = ("min_p", "repetition_penalty", "presence_penalty", "logit_bias", "stop_tokens", "top_logprobs", "n")
+PARAMETERS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", *_SHAPING)
+_PLAIN = Request()
 
 
 def asked(request: Request | ScoreRequest) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -99,7 +101,9 @@ def asked(request: Request | ScoreRequest) -> tuple[dict[str, Any], dict[str, An
         return {**given, "choices": list(request.choices)}, {}
     if request.constraint is not None:
         given["constraint"] = asdict(request.constraint)
-    return given, {name: value for name in PARAMETERS if (value := getattr(request, name)) not in (None, ())}
+    plain = {name: getattr(_PLAIN, name) for name in _SHAPING}
+    named = {name: getattr(request, name) for name in PARAMETERS}
+    return given, {name: value for name, value in named.items() if value not in (None, ()) and value != plain.get(name)}
 
 
 def _place(run: RunTrace | None) -> tuple[RunTrace, str, dict[str, Any]] | None:

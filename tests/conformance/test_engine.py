@@ -32,7 +32,7 @@ SCHEMA = {
 def script(request: Request) -> str:
     if request.constraint is None:
         return "the quick brown fox jumps over the lazy dog and runs away from here"
-    return {"choice": "no", "regex": "123", "json_schema": '{"ok": true}'}[request.constraint.kind]
+    return {"choice": "no", "regex": "123", "json_schema": '{"ok": true}', "lark": "yes"}[request.constraint.kind]
 
 
 @pytest.fixture(params=["scripted", "local"])
@@ -189,6 +189,15 @@ async def test_a_huge_input_is_refused_unread(engine: Engine) -> None:
         {"seed": -1},
         {"stop": ("",)},
         {"stop": ("x",) * 40},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": 1000.0},
+        {"logit_bias": {-1: 1.0}},
+        {"logit_bias": {1: float("nan")}},
+        {"stop_tokens": (-1,)},
+        {"top_logprobs": 1000},
+        {"n": 0},
+        {"n": 1000},
         {"text": "both"},
     ],
     ids=str,
@@ -210,6 +219,35 @@ async def test_a_request_without_any_input_is_refused(engine: Engine) -> None:
 async def test_the_same_seed_draws_the_same_text(engine: Engine) -> None:
     request = asks(max_tokens=8, temperature=1.0, top_p=0.9, top_k=50, seed=11)
     assert (await generate(engine, request)).text == (await generate(engine, request)).text
+
+
+async def test_a_stop_token_ends_the_text_and_is_not_part_of_it(engine: Engine) -> None:
+    whole = await generate(engine, asks(max_tokens=6))
+    place = next(at for at in range(1, 6) if whole.tokens[at] not in whole.tokens[:at])
+    cut = await generate(engine, asks(max_tokens=6, stop_tokens=(whole.tokens[place],)))
+    assert cut.finish_reason == "stop"
+    assert cut.tokens[:place] == whole.tokens[:place]
+    assert whole.text.startswith(cut.text)
+    assert len(cut.text) < len(whole.text)
+
+
+async def test_several_answers_come_of_one_prompt_that_is_computed_once(engine: Engine) -> None:
+    request = asks(max_tokens=5, temperature=1.5, seed=3, top_logprobs=2, tenant="several")
+    done = await generate(engine, replace(request, n=4))
+    alone = await generate(engine, replace(request, tenant="alone"))
+    assert done.usage.input_tokens == alone.usage.input_tokens
+    assert (done.tokens, done.logprobs, done.text) == (alone.tokens, alone.logprobs, alone.text)
+    assert len(done.others) == 3
+    assert done.usage.output_tokens == len(done.tokens) + sum(len(one.tokens) for one in done.others)
+    for one in (done, *done.others):
+        assert len(one.tokens) == len(one.logprobs) == len(one.top_logprobs) > 0
+        for logprob, places in zip(one.logprobs, one.top_logprobs, strict=True):
+            assert max(value for _, value in places) >= logprob
+
+
+async def test_a_grammar_is_kept(engine: Engine) -> None:
+    done = await generate(engine, asks("yes", max_tokens=30, constraint=Constraint("lark", 'start: "no" | "yes" | "maybe"')))
+    assert done.text in ("no", "yes", "maybe")
 
 
 async def test_leaving_early_is_harmless_and_the_engine_goes_on(engine: Engine) -> None:

@@ -24,7 +24,7 @@ from agentops.engine import generate
 from agentops.engine.chat import EngineChatModel
 from agentops.engine.local import LocalEngine, open_engine
 from agentops.engine.runners import Batch
-from agentops.errors import EngineClosed, EngineError, EngineOverloaded, PromptTooLong
+from agentops.errors import EngineClosed, EngineError, EngineOverloaded, PromptTooLong, UsageError
 from agentops.records import Constraint, Delta, Generation, Message, Request, ScoreRequest, Usage
 from agentops.settings import load_settings
 
@@ -145,6 +145,63 @@ async def test_logprobs_are_the_models_own(opened: Open) -> None:
     assert sum(held.logprobs) == pytest.approx(
         (await engine.score(ScoreRequest(("yes",), text="the quick brown"))).choices[0].total, abs=1e-3
     )
+
+
+async def test_several_answers_go_their_own_ways_and_give_everything_back(opened: Open) -> None:
+    engine = opened(max_batch=4)
+    request = asks("one two three " * 12, max_tokens=40, temperature=2.0, seed=5)
+    runs = [generate(engine, replace(request, n=n, seed=seed)) for n, seed in ((4, 5), (1, 5), (3, 7), (2, 5), (4, 9))]
+    four, one, three, two, _ = await asyncio.gather(*runs)
+    texts = [four.text, *(other.text for other in four.others)]
+    assert len(set(texts)) == 4
+    assert one.text == two.text == four.text
+    assert two.others[0].text == four.others[0].text
+    assert three.others[0].text != four.others[0].text
+    await settled(engine)
+    assert engine.totals.output_tokens == sum(done.usage.output_tokens for done in (four, one, three, two, _))
+    greedy = await generate(engine, replace(request, n=4, temperature=0.0))
+    assert {other.tokens for other in greedy.others} == {greedy.tokens}
+    assert greedy.usage.cached_tokens + greedy.usage.computed_tokens == greedy.usage.input_tokens == one.usage.input_tokens
+
+
+async def test_an_answer_that_ends_early_leaves_the_others_at_work(opened: Open) -> None:
+    engine = opened()
+    request = asks("yes no maybe", max_tokens=60, temperature=1.5, seed=1, n=4)
+    whole = await generate(engine, request)
+    ends = whole.tokens[0]
+    assert any(ends not in other.tokens for other in whole.others)
+    done = await generate(engine, replace(request, stop_tokens=(ends,)))
+    assert (done.finish_reason, done.text, len(done.tokens)) == ("stop", "", 1)
+    for short, long in zip(done.others, whole.others, strict=True):
+        reach = long.tokens.index(ends) + 1 if ends in long.tokens else len(long.tokens)
+        assert short.tokens == long.tokens[:reach]
+    await settled(engine)
+
+
+async def test_leaving_several_answers_frees_all_of_them(opened: Open) -> None:
+    engine = opened()
+    slow = Slow(engine, pause_s=0.005)
+    for late in (0, 0.02, 0.1):
+        task = asyncio.create_task(generate(engine, asks("one two " * 30, max_tokens=200, temperature=1.0, n=8)))
+        await asyncio.sleep(late)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await settled(engine)
+    slow.pause_s = 0
+    assert (await generate(engine, asks("yes", max_tokens=3))).usage.output_tokens == 3
+
+
+async def test_more_answers_than_decode_together_or_fit_are_refused(opened: Open) -> None:
+    engine = opened(max_batch=4, kv_tokens=256)
+    with pytest.raises(UsageError, match="max_batch"):
+        await generate(engine, asks("yes", n=5, max_tokens=10))
+    with pytest.raises(PromptTooLong):
+        await generate(engine, asks("yes", n=4, max_tokens=100))
+    assert (await generate(engine, asks("yes", n=2, max_tokens=100))).others
+    with pytest.raises(UsageError, match="logit_bias"):
+        await generate(engine, asks("yes", max_tokens=10, logit_bias={100_000: 1.0}))
+    await settled(engine)
 
 
 async def test_leaving_frees_the_blocks_within_a_step(opened: Open) -> None:

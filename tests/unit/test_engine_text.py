@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from agentops.engine.sampler import Sampler, log_probabilities
 from agentops.engine.template import ChatTemplate
 from agentops.engine.tokenizer import ChatTokenizer
 from agentops.errors import ConstraintInvalid, ModelBroken
-from agentops.records import Constraint, Message
+from agentops.records import Constraint, Message, Request
 
 
 @pytest.fixture(scope="module")
@@ -26,22 +28,54 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     return ChatTokenizer(open_checkpoint(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")))
 
 
-def sampler(*, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0) -> Sampler:
-    return Sampler(temperature=temperature, top_p=top_p, top_k=top_k, generator=np.random.default_rng(seed))
+def sampler(*, seed: int = 0, prompt: Sequence[int] = (), **asked: Any) -> Sampler:
+    return Sampler(Request(**asked), prompt=prompt, generator=np.random.default_rng(seed))
 
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
 
 
 def shares(drawn: Sampler, draws: int = 4000) -> list[float]:
-    counts = np.bincount([drawn.choose(LOGITS)[0] for _ in range(draws)], minlength=4)
+    counts = np.bincount([drawn.choose(LOGITS).token for _ in range(draws)], minlength=4)
     return [float(count) / draws for count in counts]
 
 
 def test_greedy_takes_the_likeliest_and_tells_its_logarithm() -> None:
-    token, logprob, over = sampler().choose(LOGITS)
-    assert (token, over) == (0, False)
-    assert logprob == pytest.approx(np.log(0.5), abs=1e-6)
+    chosen = sampler().choose(LOGITS)
+    assert (chosen.token, chosen.over, chosen.top) == (0, False, ())
+    assert chosen.logprob == pytest.approx(np.log(0.5), abs=1e-6)
+
+
+def test_the_likeliest_tokens_are_told_with_the_models_own_logarithms() -> None:
+    chosen = sampler(temperature=2.0, top_logprobs=3, logit_bias={3: 50.0}).choose(LOGITS)
+    assert chosen.token == 3
+    assert chosen.logprob == pytest.approx(np.log(0.05), abs=1e-6)
+    assert [token for token, _ in chosen.top] == [0, 1, 2]
+    assert [logprob for _, logprob in chosen.top] == pytest.approx(np.log([0.5, 0.3, 0.15]), abs=1e-6)
+    assert [token for token, _ in sampler(top_logprobs=9).choose(np.zeros(4, np.float32)).top] == [0, 1, 2, 3]
+
+
+def test_penalties_are_for_what_was_said_and_repetition_for_what_was_read_too() -> None:
+    logits = np.array([4.0, 3.0, -1.0, -1.5], np.float32)
+    repeated = sampler(repetition_penalty=2.0, prompt=[0])
+    assert [repeated.choose(logits).token for _ in range(2)] == [1, 0]  # 4 / 2 < 3, then 4 / 2 > 3 / 2
+    assert sampler(repetition_penalty=2.0, prompt=[2]).choose(logits[2:4].repeat(2)).token == 0
+    negative = np.array([-1.0, -1.5], np.float32)
+    assert sampler(repetition_penalty=2.0, prompt=[0]).choose(negative).token == 1  # -1 * 2 < -1.5
+    present = sampler(presence_penalty=2.0, prompt=[0])
+    assert [present.choose(logits).token for _ in range(3)] == [0, 1, 0]
+    assert sampler(presence_penalty=0.5).choose(logits).token == 0
+
+
+def test_a_bias_is_added() -> None:
+    assert sampler(logit_bias={2: 1.3}).choose(LOGITS).token == 2
+    assert shares(sampler(temperature=1.0, logit_bias={0: -100.0})) == pytest.approx([0, 0.6, 0.3, 0.1], abs=0.04)
+
+
+def test_min_p_cuts_what_is_much_less_likely_than_the_likeliest() -> None:
+    assert shares(sampler(temperature=1.0, min_p=0.2)) == pytest.approx(np.array([0.5, 0.3, 0.15, 0]) / 0.95, abs=0.04)
+    assert shares(sampler(temperature=1.0, min_p=1.0)) == [1, 0, 0, 0]
+    assert shares(sampler(temperature=1.0, min_p=0.2, top_k=2, top_p=0.5)) == [1, 0, 0, 0]
 
 
 def test_drawing_follows_the_shares() -> None:
@@ -59,7 +93,7 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
 def test_a_seed_fixes_the_draws() -> None:
     def draw(seed: int) -> list[int]:
         drawn = sampler(temperature=1.0, seed=seed)
-        return [drawn.choose(LOGITS)[0] for _ in range(30)]
+        return [drawn.choose(LOGITS).token for _ in range(30)]
 
     assert draw(5) == draw(5) != draw(6)
 
@@ -126,6 +160,7 @@ def test_text_ends_before_the_first_stop_string(tokenizer: ChatTokenizer, text: 
             ["[]", "[true, false]"],
             ["[true,false]", "[true, true, true]", "[ ]"],
         ),
+        (Constraint("lark", 'start: "(" start ")" | "x"'), ["x", "((x))"], ["(x", "()", "x)"]),
     ],
     ids=str,
 )

@@ -30,10 +30,11 @@ from langgraph.types import CachePolicy
 from tea import TEXTS
 
 from agentops import Context, Document, Runtime, ScriptedEngine, Settings, load_settings
+from agentops.engine import generate
 from agentops.errors import EngineOverloaded, NodeFailed, RecordError, RetrievalError, UsageError
 from agentops.graph import adopt_graph
 from agentops.prompts import Prompt, PromptLibrary
-from agentops.records import Decision, Message, Query, RunResult, ScoreRequest, content_hash
+from agentops.records import Decision, Message, Query, Request, RunResult, ScoreRequest, content_hash
 from agentops.replay import Replayed, replay
 from agentops.retrieval.embed import HashEmbedder
 from agentops.store import open_store
@@ -358,6 +359,26 @@ def test_a_graph_object_is_replayed_where_it_is(runtime: Runtime, settings: Sett
     with pytest.raises(UsageError, match="made in Python"):
         again(settings, waiting.run_id)
     assert again(settings, waiting.run_id, graph=made).same
+
+
+def test_every_parameter_of_a_request_is_on_record_and_several_answers_come_again(settings: Settings) -> None:
+    def asking(**asked: Any) -> Any:
+        class State(TypedDict, total=False):
+            said: Annotated[list[Any], operator.add]
+
+        async def ask(state: State, runtime: Node[Context]) -> State:
+            done = await generate(runtime.context.engine, Request(text="tea?", max_tokens=8, **asked))
+            return {"said": [repr(done)]}
+
+        return StateGraph(State, context_schema=Context).add_node("ask", ask).add_edge(START, "ask").compile()
+
+    how: dict[str, Any] = {"n": 2, "top_logprobs": 1, "min_p": 0.1, "logit_bias": {5: 1.5}, "stop_tokens": (7,)}
+    with Runtime(settings, engine=ScriptedEngine(["green tea", "black tea"])) as runtime:
+        done = runtime.run(asking(**how), {"said": []})
+    assert "black" in done.output["said"][0]
+    assert again(settings, done.run_id, graph=asking(**how)).same
+    for changed in ({"n": 1}, {"min_p": 0.2}, {"logit_bias": {5: 2.0}}, {"presence_penalty": 1.0}):
+        assert not again(settings, done.run_id, graph=asking(**{**how, **changed})).same
 
 
 def test_what_was_cut_for_its_size_cannot_be_replayed_and_says_so(settings: Settings, flow: Path) -> None:
