@@ -15,9 +15,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from filelock import FileLock, Timeout
+from pydantic_core import to_json
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import NullPool, QueuePool
+from sqlalchemy.pool import QueuePool, StaticPool
 
 from agentops.errors import RecordError, StoreBroken, StoreLocked, StoreTooNew
 from agentops.settings import Settings
@@ -59,20 +60,25 @@ def writing_engine(settings: Settings, timeout_s: float) -> Iterator[Engine]:
             engine.dispose()
 
 
-def _json(value: object) -> str:
-    # A value that JSON does not know (bytes in an attribute) must not hold up what stands behind it.
-    return json.dumps(value, ensure_ascii=False, default=str)
+def json_text(value: object) -> str:
+    """How JSON columns are written. A value that JSON does not know must not hold up what stands behind it."""
+    try:
+        return to_json(value).decode()
+    except ValueError:
+        return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _writer(path: Path, timeout_s: float) -> Engine:
     engine = create_engine(
-        "sqlite://", creator=lambda: _connect(path, "rwc", timeout_s), poolclass=NullPool, json_serializer=_json
+        "sqlite://", creator=lambda: _connect(path, "rwc", timeout_s), poolclass=StaticPool, json_serializer=json_text
     )
 
     @event.listens_for(engine, "connect")
     def _pragmas(connection: sqlite3.Connection, _: object) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
+        # Less often than after each batch; it is done at the latest when the connection is closed.
+        connection.execute("PRAGMA wal_autocheckpoint=4000")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: object) -> None:

@@ -7,18 +7,20 @@ cannot hold up those behind it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 import zstandard
-from sqlalchemy import JSON, ColumnElement, Connection, Engine, Table, bindparam, delete, func, select, true, update
+from sqlalchemy import JSON, ColumnElement, Connection, Engine, delete, func, select, true, update
+from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite import insert
 from sqlmodel import AutoString
 
 from agentops.settings import Settings
-from agentops.store.opening import database_path, translated, writing_engine
+from agentops.store.opening import database_path, json_text, translated, writing_engine
 from agentops.store.tables import table
 
 log = logging.getLogger("agentops.store")
@@ -29,6 +31,9 @@ USAGE = ("input_tokens", "output_tokens", "cached_tokens", "computed_tokens", "t
 _RUN_CHANGES = ("status", "ended_ns", "output_hash", "pending_hash", "error", "pid", "segment")
 
 _EXPERIMENT_CHANGES = ("status", "ended_ns", "error", "pid", "segment")
+_INTEGER = 2**63
+_SENSELESS = (KeyError, TypeError, ValueError, OverflowError)
+_CHUNK = 500
 _KINDS = ("payload", "prompt", "thread", "run", "span", "checkpoint", "score", "experiment", "case")
 
 
@@ -52,7 +57,7 @@ class StoreWriter:
     def __init__(self, engine: Engine, *, shared: bool = False) -> None:
         self._engine = engine
         self._shared = shared
-        self._compressor = zstandard.ZstdCompressor(level=3)
+        self._compressor = zstandard.ZstdCompressor(level=1)
         self.rejected = 0
 
     def positions(self) -> dict[str, int]:
@@ -65,17 +70,16 @@ class StoreWriter:
         """Stores the events and the positions after them, both or neither."""
         rows = self._rows(events)
         with self._engine.begin() as connection:
-            _upsert(connection, table("payload"), rows["payload"], ())
-            _upsert(connection, table("prompt_version"), rows["prompt"], ())
-            _upsert(connection, table("thread"), rows["thread"], ("last_ns",))
-            _upsert(connection, table("run"), rows["run"], _RUN_CHANGES)
-            spans = table("span")
-            _upsert(connection, spans, rows["span"], tuple(column.name for column in spans.columns if not column.primary_key))
+            _upsert(connection, "payload", rows["payload"])
+            _upsert(connection, "prompt_version", rows["prompt"])
+            _upsert(connection, "thread", rows["thread"], ("last_ns",))
+            _upsert(connection, "run", rows["run"], _RUN_CHANGES)
+            _upsert(connection, "span", rows["span"], _changing("span"))
             _sum_usage(connection, sorted({row["run_id"] for row in rows["span"] if row["kind"] == "generation"}))
-            _upsert(connection, table("checkpoint"), rows["checkpoint"], ())
-            _upsert(connection, table("score"), rows["score"], ())
-            _upsert(connection, table("experiment"), rows["experiment"], _EXPERIMENT_CHANGES)
-            _upsert(connection, table("experiment_case"), rows["case"], ("run_id", "status", "error"))
+            _upsert(connection, "checkpoint", rows["checkpoint"])
+            _upsert(connection, "score", rows["score"])
+            _upsert(connection, "experiment", rows["experiment"], _EXPERIMENT_CHANGES)
+            _upsert(connection, "experiment_case", rows["case"], ("run_id", "status", "error"))
             marks = [{"segment": name, "position": place, "lost": lost.get(name, 0)} for name, place in positions.items()]
             if marks:
                 place = table("journal_position")
@@ -104,16 +108,29 @@ class StoreWriter:
         return segment.startswith(f"{home}-", autoescape=True) if self._shared else true()
 
     def _rows(self, events: Iterable[Event]) -> dict[str, list[dict[str, Any]]]:
-        found: dict[str, dict[Any, dict[str, Any]]] = {kind: {} for kind in _KINDS}
+        found: dict[str, dict[Any, Any]] = {kind: {} for kind in _KINDS}
         for event in events:
             try:
                 self._place(event, found)
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
-                self.rejected += 1
-                log.warning("a journal event makes no sense and was passed over: %s", error)
-        return {kind: list(rows.values()) for kind, rows in found.items()}
+            except _SENSELESS as error:
+                self._pass_over(error)
+        spans = [row for told in found.pop("span").values() if (row := self._last(told)) is not None]
+        return {"span": spans, **{kind: list(rows.values()) for kind, rows in found.items()}}
 
-    def _place(self, event: Event, found: dict[str, dict[Any, dict[str, Any]]]) -> None:
+    def _last(self, told: list[Event]) -> dict[str, Any] | None:
+        """The row of the last that makes sense of the events of a span, each of which is the whole row as it was then."""
+        while told:
+            try:
+                return _fit("span", told.pop())
+            except _SENSELESS as error:
+                self._pass_over(error)
+        return None
+
+    def _pass_over(self, error: Exception) -> None:
+        self.rejected += 1
+        log.warning("a journal event makes no sense and was passed over: %s", error)
+
+    def _place(self, event: Event, found: dict[str, dict[Any, Any]]) -> None:
         match event["t"]:
             case "payload":
                 if event["hash"] not in found["payload"]:
@@ -131,8 +148,7 @@ class StoreWriter:
                 thread = {"id": row["thread_id"], "created_ns": ns, "last_ns": ns}
                 found["thread"].setdefault(row["thread_id"], thread)["last_ns"] = ns
             case "span":
-                row = _fit("span", event)
-                found["span"][row["id"]] = row
+                found["span"].setdefault(event["id"], []).append(event)
             case "checkpoint":
                 row = _fit("checkpoint", event)
                 found["checkpoint"][row["root_id"], row["place"]] = row
@@ -150,47 +166,57 @@ class StoreWriter:
 
 
 @cache
-def _columns(name: str) -> list[tuple[str, type | None, bool, bool]]:
-    """Name, type (`None` for JSON), whether it may be empty, and whether it must be given."""
-    found: list[tuple[str, type | None, bool, bool]] = []
+def _columns(name: str) -> list[tuple[str, type | None, Any, bool]]:
+    """Name, type (`None` for JSON), what stands for a value that is not there, and whether there must be one."""
+    found: list[tuple[str, type | None, Any, bool]] = []
     for column in table(name).columns:
         named = column.name in ("run_id", "root_id", "thread_id", "status", "kind", "name")
         needed = column.primary_key or (named and not column.nullable)
         if isinstance(column.type, JSON):
-            found.append((column.name, None, False, False))
+            found.append((column.name, None, "[]" if column.name == "tags" else "{}", False))
         else:
             kind = str if isinstance(column.type, AutoString) else column.type.python_type
-            found.append((column.name, kind, bool(column.nullable), needed))
+            found.append((column.name, kind, None if column.nullable else kind(), needed))
     return found
 
 
 def _fit(name: str, event: Event) -> dict[str, Any]:
-    """A row of exactly the table's columns, each of the column's type."""
+    """A row of exactly the table's columns, each of the column's type, JSON as text."""
     row: dict[str, Any] = {}
-    for column, kind, nullable, needed in _columns(name):
-        value = event.get(column)
-        if kind is None:
-            row[column] = value if isinstance(value, dict | list) else ([] if column == "tags" else {})
-        elif value is None:
+    given = event.get
+    for column, kind, nothing, needed in _columns(name):
+        value = given(column)
+        if value is None:
             if needed:
                 raise ValueError(f"{name}.{column} is missing")
-            row[column] = None if nullable else kind()
+            row[column] = nothing
+        elif kind is None:
+            row[column] = json_text(value) if isinstance(value, dict | list) else nothing
         elif kind is int:
             row[column] = number = int(value)
-            if not -(2**63) <= number < 2**63:
+            if not -_INTEGER <= number < _INTEGER:
                 raise OverflowError(f"{name}.{column} is out of range")
+        elif type(value) is kind:
+            row[column] = value
         elif kind is float:
             row[column] = float(value)
-        elif isinstance(value, kind):
-            row[column] = value
         else:
             raise TypeError(f"{name}.{column} is a {type(value).__name__}")
     return row
 
 
-def _upsert(connection: Connection, target: Table, rows: list[dict[str, Any]], changes: Sequence[str]) -> None:
-    if not rows:
-        return
+def _upsert(connection: Connection, name: str, rows: list[dict[str, Any]], changes: tuple[str, ...] = ()) -> None:
+    if rows:
+        text, order = _upserting(name, changes, f"{connection.dialect.name}.{connection.dialect.driver}")
+        # They are fitted to the columns already; to bind them one by one once more takes three times as long as to store them.
+        connection.exec_driver_sql(text, list(map(order, rows)) if order else rows)
+
+
+@cache
+def _upserting(name: str, changes: tuple[str, ...], dialect: str) -> tuple[str, Callable[[Any], tuple[Any, ...]] | None]:
+    """The statement that adds rows of a table, or changes what may change of them, and what puts a row in the order of its
+    parameters where these have no names."""
+    target = table(name)
     statement = insert(target)
     keys = [column.name for column in target.primary_key]
     if changes:
@@ -199,19 +225,20 @@ def _upsert(connection: Connection, target: Table, rows: list[dict[str, Any]], c
         )
     else:
         statement = statement.on_conflict_do_nothing(index_elements=keys)
-    connection.execute(statement, rows)
+    compiled = statement.compile(dialect=registry.load(dialect)())
+    return str(compiled), itemgetter(*compiled.positiontup) if compiled.positiontup else None
+
+
+@cache
+def _changing(name: str) -> tuple[str, ...]:
+    return tuple(column.name for column in table(name).columns if not column.primary_key)
 
 
 def _sum_usage(connection: Connection, run_ids: list[str]) -> None:
     """A run's tokens are the sum over its generations, whichever process made them and however often it was resumed."""
-    if not run_ids:
-        return
     runs, spans = table("run"), table("span")
-    sums = {
-        name: select(func.coalesce(func.sum(spans.c[name]), 0))
-        .where(spans.c.run_id == bindparam("the_run"), spans.c.kind == "generation")
-        .scalar_subquery()
-        for name in USAGE
-    }
-    statement = update(runs).where(runs.c.id == bindparam("the_run")).values(sums)
-    connection.execute(statement, [{"the_run": run_id} for run_id in run_ids])
+    for at in range(0, len(run_ids), _CHUNK):
+        mine = spans.c.run_id.in_(run_ids[at : at + _CHUNK]), spans.c.kind == "generation"
+        sums = select(spans.c.run_id, *(func.sum(spans.c[name]).label(name) for name in USAGE)).where(*mine)
+        told = sums.group_by(spans.c.run_id).subquery()
+        connection.execute(update(runs).where(runs.c.id == told.c.run_id).values({name: told.c[name] for name in USAGE}))

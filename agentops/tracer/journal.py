@@ -35,6 +35,7 @@ _GIVEN_BACK_BYTES = 16_000_000
 """So much that was drained is given back at a time."""
 _PATIENCE_S = 0.7
 _PUNCH_HOLE_KEEP_SIZE = 3
+_READING_BYTES = 2**20
 _HOME = re.compile(rb"home_[0-9A-Z]{26}\n")
 
 Event = dict[str, Any]
@@ -236,7 +237,7 @@ def read(segment: Path, position: int = 0) -> Iterator[tuple[Event | None, int]]
     A damaged record between two good ones is given as `None`, so that its loss can be told. Zeros, which no record begins
     with, are passed over: they were given back.
     """
-    with segment.open("rb") as file:
+    with segment.open("rb", buffering=_READING_BYTES) as file:
         size = os.fstat(file.fileno()).st_size
         position = _behind_hole(file, position, size)
         while True:
