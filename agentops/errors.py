@@ -32,6 +32,7 @@
     ├── RecordError
     │   ├── RunNotFound
     │   ├── ReplayDiverged            the graph does something else than is on record; carries where and what
+    │   ├── StoreUnavailable          no server answers, or it refuses the user
     │   ├── StoreLocked
     │   ├── StoreTooNew
     │   ├── StoreBroken
@@ -223,6 +224,10 @@ class ReplayDiverged(RecordError):
         self.new = new
 
 
+class StoreUnavailable(RecordError):
+    """The server that keeps the record does not answer, not in time, or refuses the user."""
+
+
 class StoreLocked(RecordError):
     """Another process holds the store for longer than the time-out."""
 
@@ -232,7 +237,7 @@ class StoreTooNew(RecordError):
 
 
 class StoreBroken(RecordError):
-    """The store's file is not a database, or is damaged."""
+    """The store is not a database of this program, or is damaged."""
 
 
 class JournalFull(RecordError):
