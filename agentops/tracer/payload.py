@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
+from functools import lru_cache, partial
 from pathlib import PurePath
 from typing import Any
 from uuid import UUID
@@ -25,6 +26,8 @@ _DEPTH = 60
 _REPR_CHARACTERS = 2_000
 # Python refuses to write longer integers as text.
 _INTEGER_BITS = 14_000
+_MESSAGE = {"content", "additional_kwargs", "type"}
+_TOLD = ("name", "tool_calls", "tool_call_id", "status", "usage_metadata", "additional_kwargs")
 _ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool"}
 
 
@@ -94,29 +97,24 @@ def _dump(value: Any) -> bytes:
 def _shape(value: Any) -> Any:
     """One level of a value that JSON does not know, as one that it does; what is inside is not looked at."""
     try:
-        return _shaped(value)
+        return _shaper(type(value))(value)
     except Exception:
         return _unknown(value)
 
 
-def _shaped(value: Any) -> Any:
+@lru_cache(maxsize=2_000)
+def _shaper(kind: type) -> Callable[[Any], Any]:
+    """What gives the values of a type their shape, which is looked for once."""
+    for kinds, shape in _SHAPES:
+        if issubclass(kind, kinds):
+            return shape
+    if isinstance(names := getattr(kind, "model_fields", None), dict) and _MESSAGE <= set(names):
+        return partial(_message, names=tuple(name for name in _TOLD if name in names))
+    return _other
+
+
+def _other(value: Any) -> Any:
     kind = type(value)
-    match value:
-        case Mapping():
-            return dict(value.items())
-        case set() | frozenset():
-            return {"$set": sorted(value, key=repr)}
-        case bytes() | bytearray() | memoryview():
-            raw = bytes(value)
-            return {"$bytes": content_hash(raw), "size": len(raw)}
-        case Enum():
-            return value.value
-        case UUID() | PurePath() | Decimal() | date() | time() | timedelta():
-            return str(value)
-        case BaseException():
-            return {"$error": f"{kind.__name__}: {value}"}
-        case type():
-            return _unknown(value)
     if hasattr(value, "content") and hasattr(value, "additional_kwargs") and hasattr(value, "type"):
         return _message(value)
     if is_dataclass(value):
@@ -126,6 +124,11 @@ def _shaped(value: Any) -> Any:
     if kind.__name__ == "Send" and hasattr(value, "arg"):
         return {"$send": value.node, "arg": value.arg}
     return _unknown(value)
+
+
+def _bytes(value: Any) -> dict[str, Any]:
+    raw = bytes(value)
+    return {"$bytes": content_hash(raw), "size": len(raw)}
 
 
 def _unknown(value: Any) -> dict[str, Any]:
@@ -212,11 +215,23 @@ class _Plainer:
             raise _TooBigError
 
 
-def _message(message: Any) -> dict[str, Any]:
-    """A LangChain message in the form chat models speak of: role, content, and what else is not empty."""
+def _message(message: Any, names: Sequence[str] = _TOLD) -> dict[str, Any]:
+    """A LangChain message in the form chat models speak of: role, content, and what else is not empty. `names` are those of its
+    fields that may be told; what was put there beside the fields is looked for only where there is something."""
     found = {"role": _ROLES.get(message.type, message.type), "content": message.content}
-    for name in ("name", "tool_calls", "tool_call_id", "status", "usage_metadata", "additional_kwargs"):
+    for name in _TOLD if getattr(message, "__pydantic_extra__", None) else names:
         value = getattr(message, name, None)
         if value and value != "success":
             found[name] = value
     return found
+
+
+_SHAPES: list[tuple[tuple[type, ...], Callable[[Any], Any]]] = [
+    ((Mapping,), lambda value: dict(value.items())),
+    ((set, frozenset), lambda value: {"$set": sorted(value, key=repr)}),
+    ((bytes, bytearray, memoryview), _bytes),
+    ((Enum,), lambda value: value.value),
+    ((UUID, PurePath, Decimal, date, time, timedelta), str),
+    ((BaseException,), lambda value: {"$error": f"{type(value).__name__}: {value}"}),
+    ((type,), _unknown),
+]
