@@ -97,7 +97,7 @@ def _dump(value: Any) -> bytes:
 def _shape(value: Any) -> Any:
     """One level of a value that JSON does not know, as one that it does; what is inside is not looked at."""
     try:
-        return _shaper(type(value))(value)
+        return _shaper(type(value))(value)  # type: ignore[arg-type]
     except Exception:
         return _unknown(value)
 
@@ -108,7 +108,7 @@ def _shaper(kind: type) -> Callable[[Any], Any]:
     for kinds, shape in _SHAPES:
         if issubclass(kind, kinds):
             return shape
-    if isinstance(names := getattr(kind, "model_fields", None), dict) and _MESSAGE <= set(names):
+    if isinstance(names := getattr(kind, "model_fields", None), dict) and set(names) >= _MESSAGE:
         return partial(_message, names=tuple(name for name in _TOLD if name in names))
     return _other
 
