@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _STATUSES = get_args(RunStatus)
+_TREE_LINES = 1_000
 
 
 def register(app: typer.Typer) -> None:
@@ -106,6 +108,7 @@ def show(
     ] = None,
     messages: Annotated[bool, typer.Option(help="What every model call was asked and answered.")] = False,
     documents: Annotated[bool, typer.Option(help="What every search found.")] = False,
+    whole: Annotated[bool, typer.Option("--all", help=f"Every span of the tree; else the first {_TREE_LINES:,}.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a run as a tree, or one of its spans. The tree has tokens, times and a waterfall."""
@@ -121,7 +124,7 @@ def show(
             return
         console = _console()
         if span is None:
-            _print_run(console, store, row, spans)
+            _print_run(console, store, row, spans, whole)
             pending = store.pending(row)
             for asked in pending:
                 print("\n".join(interrupt_lines(row.id, asked, several=len(pending) > 1)))
@@ -258,7 +261,7 @@ def _as_json(store: Store, run: RunRow, spans: list[SpanRow], full: set[str]) ->
     }
 
 
-def _print_run(console: Console, store: Store, run: RunRow, spans: list[SpanRow]) -> None:
+def _print_run(console: Console, store: Store, run: RunRow, spans: list[SpanRow], whole: bool) -> None:
     from rich.text import Text
 
     from agentops.cli.render import clean, one_line, run_header, trace_tree
@@ -285,8 +288,12 @@ def _print_run(console: Console, store: Store, run: RunRow, spans: list[SpanRow]
     state = ("balanced", "green") if balance.balanced else ("NOT BALANCED", "bold red")
     console.print(Text.assemble((f"{'balance':8} ", "dim"), told + ": ", state))
     console.print()
-    for line in trace_tree(spans, console.width, SystemClock().now_ns() if run.status == "running" else None):
+    lines = trace_tree(spans, console.width, SystemClock().now_ns() if run.status == "running" else None)
+    for line in lines if whole else islice(lines, _TREE_LINES + 1):
         console.print(line)
+    if not whole and len(spans) > _TREE_LINES:
+        left = f"{len(spans) - _TREE_LINES:,} more spans: all of them with --all, or look through them with: agentops tui"
+        console.print(Text(left, style="yellow"))
     console.print()
     console.print(Text(f"one span in full: agentops show {run.id} --span NUMBER", style="dim"))
 

@@ -52,8 +52,8 @@ class _Line:
     usage: Usage
 
 
-def trace_tree(spans: Sequence[SpanRow], width: int, now_ns: int | None = None) -> list[Text]:
-    """One line a span: its number, the tree, tokens (with those of everything below), time, and its bar.
+def trace_tree(spans: Sequence[SpanRow], width: int, now_ns: int | None = None) -> Iterator[Text]:
+    """A head, and one line a span: its number, the tree, tokens (with those of everything below), time, and its bar.
 
     Bars share one scale below each workflow span. `now_ns` ends the bars of spans that are still open.
     """
@@ -64,7 +64,7 @@ def trace_tree(spans: Sequence[SpanRow], width: int, now_ns: int | None = None) 
     bar_cells = max(14, (width - 52) // 3)
     label_cells = width - number_cells - _TOKEN_CELLS - _TIME_CELLS - bar_cells - 4
     head = f"{'':{number_cells}} {'span':{label_cells}} {'in/cached/out':>{_TOKEN_CELLS}} {'time':>{_TIME_CELLS}}"
-    lines = [Text(head, style="dim")]
+    yield Text(head, style="dim")
     edges = {root: _edges(group, now_ns) for root, group in _grouped(spans).items()}
     for line in _walk(spans):
         span = line.span
@@ -78,8 +78,7 @@ def trace_tree(spans: Sequence[SpanRow], width: int, now_ns: int | None = None) 
         colour = _COLOURS.get(span.status) or _KINDS.get(span.kind, "").replace("bold", "") or "white"
         text.append(_bar(span, start_ns, end_ns, bar_cells), style=colour)
         text.rstrip()
-        lines.append(text)
-    return lines
+        yield text
 
 
 def _label(span: SpanRow) -> Text:

@@ -65,7 +65,7 @@ class _Passed:
     name: str
     parent: str
     payload: Any
-    started: tuple[int, int]
+    started_ns: int
     router: bool
 
 
@@ -110,7 +110,6 @@ class Taps(GraphCallbackHandler):
         is_task = way[:1] == (_PUSH,) and way[-1] is True and name == data.get("langgraph_node")
         is_step = is_task or any(tag.startswith(_STEP) for tag in tags or ())
         if not is_step or name.startswith("__"):
-            clock = run.tracer.clock
             parent = run.parent(parent_run_id)
             # A router is a later part of the node itself. Parts of a sequence called inside a node say what a model said.
             router = (
@@ -120,7 +119,7 @@ class Taps(GraphCallbackHandler):
                 and "seq:step:1" not in (tags or ())
                 and any(tag.startswith("seq:step:") for tag in tags or ())
             )
-            self._passed[run_id] = _Passed(name, parent, inputs, (clock.now_ns(), clock.monotonic_ns()), router)
+            self._passed[run_id] = _Passed(name, parent, inputs, run.now_ns(), router)
             run.bind(run_id, parent)
             return
         if parent_run_id is not None:
@@ -175,7 +174,7 @@ class Taps(GraphCallbackHandler):
             del self._passed[chain]
         parent = run.find(passed.parent)
         name = passed.name if passed.name != _UNNAMED or parent is None else str(parent.row["name"])
-        opened = run.open("agent", name, parent=passed.parent, input=passed.payload, started=passed.started)
+        opened = run.open("agent", name, parent=passed.parent, input=passed.payload, started_ns=passed.started_ns)
         run.bind(chain, opened.id)
 
     @_safe
@@ -287,7 +286,7 @@ class Taps(GraphCallbackHandler):
             attributes = call.row.setdefault("attributes", {})
             attributes["chunks"] = attributes.get("chunks", 0) + 1
             if "first_token_ms" not in call.row:
-                call.row["first_token_ms"] = (self.agentops_run.tracer.clock.now_ns() - call.row["start_ns"]) / 1e6
+                call.row["first_token_ms"] = (self.agentops_run.now_ns() - call.row["start_ns"]) / 1e6
             self.agentops_run.token(token, call)
 
     @_safe
@@ -329,8 +328,8 @@ class Taps(GraphCallbackHandler):
         run = self.agentops_run
         if "agentops_tool" in (metadata or {}):
             # The toolbox that runs it has opened the span already, and closes it.
-            parent, clock = run.parent(parent_run_id), run.tracer.clock
-            self._passed[run_id] = _Passed("tool", parent, None, (clock.now_ns(), clock.monotonic_ns()), router=False)
+            parent = run.parent(parent_run_id)
+            self._passed[run_id] = _Passed("tool", parent, None, run.now_ns(), router=False)
             run.bind(run_id, parent)
             return
         name = str((serialized or {}).get("name") or kwargs.get("name") or "tool")

@@ -53,13 +53,12 @@ _LAST_WORD_CHARACTERS = 2_000
 class Span:
     """An open span. Set what is learned on the way; the trace that opened it writes it."""
 
-    __slots__ = ("_mono_ns", "path", "row", "step")
+    __slots__ = ("path", "row", "step")
 
-    def __init__(self, row: Event, mono_ns: int, path: tuple[str, ...], step: str = "") -> None:
+    def __init__(self, row: Event, path: tuple[str, ...], step: str = "") -> None:
         self.row = row
         self.path = path
         self.step = step
-        self._mono_ns = mono_ns
 
     @property
     def id(self) -> str:
@@ -197,6 +196,7 @@ class RunTrace:
         self.run_id: str = row["id"]
         self.thread_id: str = row["thread_id"]
         self._row = row
+        self._wall_ns: int = row["started_ns"] - tracer.clock.monotonic_ns()
         self._lock = threading.RLock()
         self._open: dict[str, Span] = {}
         self._langchain: dict[UUID, str] = {}
@@ -212,6 +212,10 @@ class RunTrace:
         """The superstep of the outermost graph that is going on, as far as its checkpoints have told."""
         self._full: JournalFull | None = None
         self._root: Span | None = None
+
+    def now_ns(self) -> int:
+        """The wall clock as it went on since the run began: it is set back for nobody, and what came later is later."""
+        return self._wall_ns + self.tracer.clock.monotonic_ns()
 
     @cached_property
     def handler(self) -> Taps:
@@ -286,7 +290,7 @@ class RunTrace:
 
     def _end(self, status: RunStatus, output: Any, error: BaseException | str | None, pending: Any) -> None:
         events: list[Event] = []
-        row = {**self._row, "status": status, "ended_ns": self.tracer.clock.now_ns(), "segment": self.tracer.journal.segment}
+        row = {**self._row, "status": status, "ended_ns": self.now_ns(), "segment": self.tracer.journal.segment}
         if output is not None:
             row["output_hash"] = self.tracer.payload(output, events)
         if pending:
@@ -305,7 +309,7 @@ class RunTrace:
             else:
                 self._finish(span, "interrupted" if status in ("waiting", "queued") else "cancelled", None)
             events.append(span.row)
-        row["ns"] = self.tracer.clock.now_ns()
+        row["ns"] = self.now_ns()
         try:
             self.tracer.write([*events, row], last_word=True)
         except JournalFull:
@@ -420,7 +424,7 @@ class RunTrace:
             if not graph:
                 self.step = step + 1
         about = {"run_id": self.run_id, "root_id": self.root_id, "place": place, "graph": graph, "step": step, "source": source}
-        self._write([{"t": "checkpoint", **about, "hash": state_hash(public(values)), "ns": self.tracer.clock.now_ns()}])
+        self._write([{"t": "checkpoint", **about, "hash": state_hash(public(values)), "ns": self.now_ns()}])
 
     def event(self, name: str, value: Any) -> None:
         """Writes that something was told by the code that is running now.
@@ -459,10 +463,10 @@ class RunTrace:
         input: Any = _NOTHING,
         attributes: Mapping[str, Any] | None = None,
         path: tuple[str, ...] | None = None,
-        started: tuple[int, int] | None = None,
+        started_ns: int | None = None,
         **columns: Any,
     ) -> Span:
-        """Writes a new span. `started` is (wall, monotonic) nanoseconds when it began before this call.
+        """Writes a new span. `started_ns` is when (`now_ns`), where it began before this call.
 
         Raises:
             JournalFull, BudgetSpent: the caller must let it stop the run.
@@ -471,7 +475,7 @@ class RunTrace:
             self._meter.check()
             if not path:
                 self._meter.step(columns.get("step", 0))
-        opened = self._make(kind, name, parent, path, started, columns)
+        opened = self._make(kind, name, parent, path, started_ns, columns)
         if kind == "node" and self._meter is not None:
             self._meter.entered(str(opened.row["node"]), opened.id)
         self._guarded(self._begin, opened, input, attributes or {})
@@ -489,23 +493,22 @@ class RunTrace:
         name: str,
         parent: str | None,
         path: tuple[str, ...] | None = None,
-        started: tuple[int, int] | None = None,
+        started_ns: int | None = None,
         columns: Mapping[str, Any] | None = None,
     ) -> Span:
-        clock = self.tracer.clock
-        wall_ns, mono_ns = started or (clock.now_ns(), clock.monotonic_ns())
+        started_ns = started_ns or self.now_ns()
         with self._lock:
             above = self._open.get(parent or "")
         row: Event = {
             "t": "span",
-            "ns": wall_ns,
+            "ns": started_ns,
             "id": self.tracer.ids.new("sp"),
             "run_id": self.run_id,
             "parent_id": parent,
             "kind": kind,
             "name": name,
             "status": "open",
-            "start_ns": wall_ns,
+            "start_ns": started_ns,
             "segment": self.tracer.journal.segment,
         }
         row["root_id"] = self.root_id or row["id"]
@@ -514,7 +517,7 @@ class RunTrace:
             row.update({key: above.row[key] for key in ("node", "step") if key in above.row})
         row.update(columns or {})
         step = row["id"] if kind == "node" else above.step if above else ""
-        return Span(row, mono_ns, path if path is not None else above.path if above else (), step)
+        return Span(row, path if path is not None else above.path if above else (), step)
 
     def _begin(self, opened: Span, payload: Any, attributes: Mapping[str, Any]) -> None:
         events: list[Event] = []
@@ -578,7 +581,7 @@ class RunTrace:
 
     def amend(self, closed: Span, error: BaseException | str) -> None:
         """Writes of a span that has ended that it was an error, which was not known then."""
-        closed.row.update(status="error", error=_message(error), ns=self.tracer.clock.now_ns())
+        closed.row.update(status="error", error=_message(error), ns=self.now_ns())
         self._write([closed.row])
 
     def _finish(
@@ -591,8 +594,8 @@ class RunTrace:
     ) -> None:
         row = closing.row
         row["status"] = status
-        row["duration_ns"] = self.tracer.clock.monotonic_ns() - closing._mono_ns
-        row["ns"] = self.tracer.clock.now_ns()
+        row["ns"] = now_ns = self.now_ns()
+        row["duration_ns"] = now_ns - row["start_ns"]
         row["segment"] = self.tracer.journal.segment
         if usage is not None:
             row.update(asdict(usage))

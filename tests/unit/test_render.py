@@ -128,5 +128,5 @@ def test_damaged_trees_are_shown_too() -> None:
     lines = [line.plain for line in trace_tree([row(1, None, "rag", "workflow"), orphan, own_parent], 80)]
     assert len(lines) == 4
     deep = [row(number, number - 1 or None, "n") for number in range(1, 1_500)]
-    assert len(trace_tree(deep, 80)) == 1_500
-    assert len(trace_tree([], 80)) == 1
+    assert len(list(trace_tree(deep, 80))) == 1_500
+    assert len(list(trace_tree([], 80))) == 1
