@@ -1,8 +1,8 @@
-"""The runtime: the only place that builds and wires everything, and the verbs on runs.
+"""The runtime: the only place that builds and wires everything, and the verbs on runs in both their forms.
 
 A run is one invocation of a graph on a thread. It is on record before it starts, holds the lease of its thread while it
-works, writes a checkpoint after every superstep before going on, and ends with a status. What the runtime opens (model,
-index, record) it opens when it is first needed and closes in `close`.
+works, writes a checkpoint after every superstep before going on, and ends with a status (see `runs`). What the runtime opens
+(model, index, record) it opens when it is first needed and closes in `close`.
 """
 
 from __future__ import annotations
@@ -13,41 +13,23 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
-
-from langgraph.runtime import RunControl
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from agentops import cancelling
-from agentops.checkpoint import check_thread_id, lease
 from agentops.clock import Clock, Ids, SystemClock, UlidSource
 from agentops.engine import Engine
-from agentops.errors import InputTooLarge, RetrieverUnavailable, RunCancelled, RunNotFound, UsageError
-from agentops.execution import Outcome, Standing, execute, standing
-from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
-from agentops.history import Origin, Snapshot, history, origin, plant
+from agentops.errors import RetrieverUnavailable
+from agentops.graph import Context, LoadedGraph
+from agentops.history import Snapshot
 from agentops.history import chosen as chosen_snapshot
 from agentops.parts import open_embedder, open_engine, open_index
 from agentops.people import Answers
-from agentops.prices import load_prices
-from agentops.prompts import read_prompts
-from agentops.records import Budget, Labels, RunEvent, RunResult, RunStarted
-from agentops.resumption import as_recorded, check_run_id, check_same, passed, result_of, resumable, taken_up
+from agentops.records import Budget, Labels, RunEvent, RunResult
 from agentops.retrieval import Embedder, Index, LenientRetriever, collection_not_found
-from agentops.run_settings import budget_of, check_tools, chosen, sound
+from agentops.runs import Runs
 from agentops.settings import Settings, load_settings
-from agentops.store import RunRow, open_store
 from agentops.sync import iterate_sync, run_sync
-from agentops.tracer import (
-    Effects,
-    Meter,
-    NotedClock,
-    RunTrace,
-    TracedEmbedder,
-    TracedEngine,
-    TracedRetriever,
-    catch_up,
-    open_tracer,
-)
+from agentops.tracer import Effects, NotedClock, TracedEmbedder, TracedEngine, TracedRetriever, open_tracer
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -92,8 +74,15 @@ class Runtime:
         self._engine = TracedEngine(engine) if engine else None
         self._index = index
         self._embedder = embedder
-        self._working: dict[asyncio.Task[Outcome], RunControl] = {}
-        self._draining = False
+        self._runs = Runs(
+            self.settings,
+            tracer=self._tracer,
+            clock=self._clock,
+            ids=self._ids,
+            effects=self._effects,
+            context=lambda graph, details: self._context(graph, details),
+            check_collection=self._check_collection,
+        )
         self._closed = threading.Event()
 
     # -- parts, opened when first needed
@@ -182,7 +171,7 @@ class Runtime:
             RunDrained: the runtime was, and the run stopped at a step boundary; it can be resumed.
             ThreadBusy, GraphError, UsageError
         """
-        return await self._finish(self._start(self._load(graph), input, thread, collection, budget, run_id, labels))
+        return await self._finish(self._runs.start(graph, input, thread, collection, budget, run_id, labels))
 
     async def astream(
         self,
@@ -196,9 +185,7 @@ class Runtime:
         labels: Labels | None = None,
     ) -> AsyncIterator[RunEvent]:
         """Like `arun`, but yields what happens while it happens. Leaving the iterator early cancels the run."""
-        async with contextlib.aclosing(
-            self._start(self._load(graph), input, thread, collection, budget, run_id, labels)
-        ) as events:
+        async with contextlib.aclosing(self._runs.start(graph, input, thread, collection, budget, run_id, labels)) as events:
             async for event in events:
                 yield event
 
@@ -221,7 +208,7 @@ class Runtime:
             AnswerUnfit: an answer is not what was asked for, or nothing of that id waits; the run still waits.
             RunNotFound, UsageError: it is done, or waits for an answer that was not given.  ThreadBusy: it still runs.
         """
-        return await self._finish(self._again(run_id, Answers(answer, answers), graph, budget))
+        return await self._finish(self._runs.resume(run_id, Answers(answer, answers), graph, budget))
 
     async def astream_resume(
         self,
@@ -233,7 +220,7 @@ class Runtime:
         budget: Budget | None = None,
     ) -> AsyncIterator[RunEvent]:
         """Like `aresume`, but yields what happens while it happens."""
-        async with contextlib.aclosing(self._again(run_id, Answers(answer, answers), graph, budget)) as events:
+        async with contextlib.aclosing(self._runs.resume(run_id, Answers(answer, answers), graph, budget)) as events:
             async for event in events:
                 yield event
 
@@ -294,7 +281,7 @@ class Runtime:
             UsageError: there is no such checkpoint, nothing comes after it, or a field is none of the graph's.
             ThreadBusy: the thread is in use.  PromptError.  Else as `arun`.
         """
-        return await self._finish(self._fork(run_id, at, step, changes, prompts, graph, budget))
+        return await self._finish(self._runs.fork(run_id, at, step, changes, prompts, graph, budget))
 
     async def astream_fork(
         self,
@@ -308,7 +295,7 @@ class Runtime:
         budget: Budget | None = None,
     ) -> AsyncIterator[RunEvent]:
         """Like `afork`, but yields what happens while it happens."""
-        async with contextlib.aclosing(self._fork(run_id, at, step, changes, prompts, graph, budget)) as events:
+        async with contextlib.aclosing(self._runs.fork(run_id, at, step, changes, prompts, graph, budget)) as events:
             async for event in events:
                 yield event
 
@@ -318,7 +305,7 @@ class Runtime:
         Raises:
             RunNotFound, RecordError: there is none.  ThreadBusy: the thread is in use.
         """
-        return (await self._thread(run_id, thread, graph))[1]
+        return (await self._runs.snapshots(run_id, thread, graph))[1]
 
     async def astate(
         self,
@@ -334,7 +321,7 @@ class Runtime:
         Raises:
             UsageError: there is none.  Else as `ahistory`.
         """
-        name, found = await self._thread(run_id, thread, graph)
+        name, found = await self._runs.snapshots(run_id, thread, graph)
         return chosen_snapshot(found, at=at, step=step, where=name)
 
     def fork(self, run_id: str, **how: Any) -> RunResult:
@@ -366,22 +353,14 @@ class Runtime:
         """Asks every run of this runtime, and those that it is still given, to stop at their next step boundary; they are
         `queued` then and go on when they are resumed. Returns whether any is at work. May be called from a signal's handler.
         """
-        self._draining = True
-        for control in list(self._working.values()):
-            control.request_drain()
-        return bool(self._working)
+        return self._runs.drain()
 
     async def aclose(self) -> None:
         """Cancels what still runs and closes what the runtime opened, the record last. Closing twice is harmless."""
         if self._closed.is_set():
             return
         self._closed.set()
-        deadline = self._clock.monotonic_ns() + int(_PATIENCE_S * 1e9)
-        for work in list(self._working):
-            with contextlib.suppress(RuntimeError):  # its loop is gone, and it with the loop
-                work.get_loop().call_soon_threadsafe(work.cancel)
-        while self._working and self._clock.monotonic_ns() < deadline:
-            await asyncio.sleep(0.01)
+        await self._runs.stop(_PATIENCE_S)
         # While another thread prepares a model, which takes minutes, there is nothing to close yet.
         if self._lock.acquire(blocking=False):
             try:
@@ -408,79 +387,7 @@ class Runtime:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    # -- one run
-
-    def _load(self, graph: Any) -> LoadedGraph:
-        if isinstance(graph, LoadedGraph):
-            return graph
-        return load_graph(graph) if isinstance(graph, str) else adopt_graph(graph)
-
-    def _start(
-        self,
-        graph: LoadedGraph,
-        input: Any,
-        thread: str | None,
-        collection: str | None,
-        budget: Budget | None,
-        run_id: str | None,
-        labels: Labels | None,
-    ) -> AsyncGenerator[RunEvent, None]:
-        if isinstance(input, str):
-            if not input.strip():
-                raise UsageError("the input is empty", hint="ask something: agentops run rag 'a question'")
-            size, limit = len(input.encode(errors="replace")), self.settings.engine.input_bytes
-            if size > limit:
-                raise InputTooLarge(
-                    f"the input has {size:,} bytes, the limit is {limit:,}",
-                    hint="put long texts into a collection (agentops ingest), or raise engine.input_bytes",
-                )
-            input = graph.as_input(input)  # noqa: A001
-        if self.settings.tools.mcp is not None and self.settings.source("tools.mcp").startswith("--") and not graph.uses_context:
-            raise UsageError(
-                f"graph '{graph.name}' takes no tools of servers",
-                hint="build it with context_schema=agentops.Context, or drop --mcp",
-            )
-        if run_id is not None:
-            check_run_id(run_id)
-            thread = thread or f"th_{run_id.removeprefix('run_')}"  # the same whenever it is delivered
-        thread_id = check_thread_id(thread) if thread else self._ids.new("th")
-        details = chosen(self.settings, {}, {"retrieval.collection": collection, "labels": labels})
-        check_tools(self.settings, graph, details)
-        if run_id is not None:
-            return self._deliver(graph, input, run_id, thread_id, details, budget, collection)
-        return self._go(graph, input, self._ids.new("run"), thread_id, details, budget, collection)
-
-    async def _deliver(
-        self,
-        graph: LoadedGraph,
-        input: Any,
-        run_id: str,
-        thread_id: str,
-        details: dict[str, Any],
-        budget: Budget | None,
-        collection: str | None,
-    ) -> AsyncGenerator[RunEvent, None]:
-        """A run that its caller has named, for the first time or again."""
-        row = await asyncio.to_thread(self._recorded, run_id)
-        if row is None:
-            events = self._go(graph, input, run_id, thread_id, details, budget, collection, delivered=True)
-        else:
-            check_same(row, graph, thread_id, input, self.settings)
-            if row.status in ("done", "waiting"):
-                yield RunStarted(row.id, row.thread_id)
-                yield await asyncio.to_thread(result_of, row, self.settings)
-                return
-            events = self._again(row.id, Answers(), graph, budget)
-        async with contextlib.aclosing(events):
-            async for event in events:
-                yield event
-
-    def _recorded(self, run_id: str) -> RunRow | None:
-        try:
-            row = self._find(run_id)
-        except RunNotFound:
-            return None
-        return row if row.id == run_id else None
+    # -- what runs need of it
 
     def _check_collection(self, collection: str) -> None:
         """Says that a collection is not there before a model is loaded for nothing."""
@@ -493,69 +400,6 @@ class Runtime:
         if collection not in known:
             raise collection_not_found(collection, known)
 
-    async def _again(self, run_id: str, answers: Answers, graph: Any, budget: Budget | None) -> AsyncGenerator[RunEvent, None]:
-        row = resumable(await asyncio.to_thread(self._find, run_id))
-        loaded = as_recorded(self._graph_of(row, graph), row, self.settings)
-        details = chosen(self.settings, row.settings, {})
-        check_tools(self.settings, loaded, details)
-        async with contextlib.aclosing(self._go(loaded, answers, row.id, row.thread_id, details, budget)) as events:
-            async for event in events:
-                yield event
-
-    async def _fork(
-        self,
-        run_id: str,
-        at: str | None,
-        step: int | None,
-        changes: Mapping[str, Any] | None,
-        prompts: Path | None,
-        graph: Any,
-        budget: Budget | None,
-    ) -> AsyncGenerator[RunEvent, None]:
-        row = await asyncio.to_thread(self._find, run_id)
-        loaded = as_recorded(self._graph_of(row, graph), row, self.settings)
-        if prompts is not None:
-            loaded = replace(loaded, prompts=loaded.prompts.replaced(read_prompts(prompts)))
-        with lease(self.settings, row.thread_id):
-            begin = await origin(loaded, self.settings, row.thread_id, row.id, at=at, step=step, changes=changes)
-        details = chosen(self.settings, row.settings, {})
-        check_tools(self.settings, loaded, details)
-        new = self._ids.new("run"), self._ids.new("th")
-        async with contextlib.aclosing(self._go(loaded, begin, *new, details, budget)) as events:
-            async for event in events:
-                yield event
-
-    async def _thread(self, run_id: str | None, thread: str | None, graph: Any) -> tuple[str, list[Snapshot]]:
-        """What a run or a thread is called, and its checkpoints."""
-        if (run_id is None) == (thread is None):
-            raise UsageError("give a run or a thread", hint="agentops history RUN, or agentops history --thread THREAD")
-        row = await asyncio.to_thread(self._find, run_id) if run_id else await asyncio.to_thread(self._newest, str(thread))
-        loaded = self._graph_of(row, graph)
-        with lease(self.settings, row.thread_id):
-            found = await history(loaded, self.settings, row.thread_id)
-        if run_id is None:
-            return f"thread {thread}", found
-        return f"run {row.id}", [one for one in found if one.run_id == row.id]
-
-    def _newest(self, thread: str) -> RunRow:
-        catch_up(self.settings)
-        with open_store(self.settings) as store:
-            store.thread(thread)
-            return store.runs(thread=thread, limit=1)[0]
-
-    def _graph_of(self, row: RunRow, graph: Any) -> LoadedGraph:
-        if graph is not None:
-            return self._load(graph)
-        if row.graph.startswith("python:"):
-            raise UsageError(f"run {row.id} is of a graph object made in Python", hint="do it there, and give the graph=")
-        return load_graph(row.graph, recorded=True)
-
-    def _find(self, run_id: str) -> RunRow:
-        self._tracer.flush()
-        catch_up(self.settings)
-        with open_store(self.settings) as store:
-            return store.run(run_id)
-
     async def _finish(self, events: AsyncGenerator[RunEvent, None]) -> RunResult:
         result: RunResult | None = None
         async with contextlib.aclosing(events):
@@ -565,91 +409,6 @@ class Runtime:
         if result is None:
             raise RuntimeError("a run ended without a result")
         return result
-
-    async def _go(
-        self,
-        graph: LoadedGraph,
-        input: Any,
-        run_id: str,
-        thread_id: str,
-        details: dict[str, Any],
-        budget: Budget | None,
-        collection: str | None = None,
-        *,
-        delivered: bool = False,
-    ) -> AsyncGenerator[RunEvent, None]:
-        budget = sound(budget or budget_of(self.settings))
-        if collection is not None and graph.uses_context:
-            await asyncio.to_thread(self._check_collection, collection)
-        resumed = isinstance(input, Answers)
-        with lease(self.settings, thread_id):
-            at: Standing = "unborn"
-            told, about = input, {}
-            if isinstance(input, Answers):
-                # Only under the lease is it sure how the run ended.
-                row = resumable(await asyncio.to_thread(self._find, run_id))
-                input, told, at = await taken_up(graph, self.settings, row, input)  # noqa: A001
-            elif isinstance(input, Origin):
-                await plant(input, graph, self.settings, run_id, thread_id)
-                about, told, at = input.told, {**input.told, "changes": dict(input.changes)}, "open"
-            elif delivered:
-                # Another process may have begun it since the record was asked, or could not put that into the store.
-                resumed = (at := await standing(graph, self.settings, run_id, thread_id)) != "unborn"
-                if at == "passed":
-                    raise passed(run_id, thread_id)
-            context = await asyncio.to_thread(self._context, graph, details) if graph.uses_context else None
-            meter = Meter(budget, self._clock, load_prices(self.settings))
-            trace = self._tracer.start_run(
-                run_id=run_id,
-                thread_id=thread_id,
-                graph=graph.reference,
-                input=told,
-                settings=details,
-                resumed=resumed,
-                tags=tuple(details.get("labels", {}).get("tags", ())),
-                meter=meter,
-                effects=self._effects,
-            )
-            trace.annotate(settings=details, **about)
-            if context is not None:
-                context = _within(context, trace)
-            loop = asyncio.get_running_loop()
-            queue: asyncio.Queue[RunEvent | None] = asyncio.Queue()
-            trace.listen(lambda event: _hand_over(loop, queue, event))
-            control = RunControl()
-            work = asyncio.create_task(
-                execute(
-                    graph,
-                    input,
-                    trace,
-                    settings=self.settings,
-                    clock=self._clock,
-                    context=context,
-                    at=at,
-                    meter=meter,
-                    control=control,
-                )
-            )
-            self._working[work] = control
-            work.add_done_callback(lambda over: self._working.pop(over, None))
-            work.add_done_callback(lambda _: queue.put_nowait(None))
-            if self._draining:
-                control.request_drain()
-            with cancelling.cancellable(self.settings, run_id, work.cancel):
-                try:
-                    yield RunStarted(run_id, thread_id)
-                    while (event := await queue.get()) is not None:
-                        yield event
-                    if work.cancelled():
-                        raise RunCancelled(f"run {run_id} was cancelled", run_id=run_id)
-                    result, cause = await work
-                except (asyncio.CancelledError, GeneratorExit):
-                    work.cancel()
-                    await asyncio.wait([work])
-                    raise
-            yield result
-            if cause is not None:
-                raise cause
 
     def _context(self, graph: LoadedGraph, details: dict[str, Any]) -> Context:
         index = self._open_index(details["retrieval.retriever"])
@@ -674,23 +433,3 @@ class Runtime:
             clock=NotedClock(self._clock, self._effects),
             effects=self._effects,
         )
-
-
-def _within(context: Context, trace: RunTrace) -> Context:
-    """The context with what it records, in whatever thread it is called, belonging to the run."""
-    engine, retriever, embedder = cast(TracedEngine, context.engine), cast(TracedRetriever, context.retriever), context.embedder
-    return replace(
-        context,
-        engine=engine.within(trace),
-        retriever=retriever.within(trace),
-        embedder=cast(TracedEmbedder, embedder).within(trace),
-    )
-
-
-def _hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[RunEvent | None], event: RunEvent) -> None:
-    with contextlib.suppress(RuntimeError):  # no loop runs here
-        if asyncio.get_running_loop() is loop:
-            queue.put_nowait(event)  # waking the loop from outside costs a system call
-            return
-    with contextlib.suppress(RuntimeError):  # the loop is gone, and with it whoever listened
-        loop.call_soon_threadsafe(queue.put_nowait, event)

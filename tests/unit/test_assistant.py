@@ -216,6 +216,7 @@ def test_a_note_that_invents_or_forgets_gives_way_to_the_request(opened: Callabl
 def test_a_denied_tool_is_not_run(opened: Callable[..., Runtime], settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = opened([NOTE], {"plumber": "append_note"})
     denied = ToolSettings(deny=("append_note",))
+    monkeypatch.setattr(runtime._runs, "_settings", _with(runtime.settings, denied))
     monkeypatch.setattr(runtime, "settings", _with(runtime.settings, denied))
     assert ask(runtime, REMIND).output["answer"] == "Append_note may not be used."
     assert notes(settings) == ""

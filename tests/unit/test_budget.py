@@ -92,7 +92,7 @@ def test_a_stopped_run_goes_on_with_a_new_budget_where_it_was(runtime: Runtime, 
     graph = forever(ask)
     with pytest.raises(BudgetSpent):
         runtime.run(graph, {"trail": []}, budget=replace(PLENTY, model_calls=2), thread="t")
-    run = runtime._find("last")
+    run = runtime._runs.find("last")
     with pytest.raises(BudgetSpent, match="its 3 model calls"):
         runtime.resume(run.id, graph=graph, budget=replace(PLENTY, model_calls=3))
     with open_store(settings) as store:
