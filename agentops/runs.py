@@ -23,6 +23,7 @@ from agentops.execution import Outcome, Standing, execute, standing
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
 from agentops.history import Origin, Snapshot, history, origin, plant
 from agentops.people import Answers
+from agentops.places import Places, affordable
 from agentops.prices import load_prices
 from agentops.prompts import read_prompts
 from agentops.records import Budget, Labels, RunEvent, RunStarted
@@ -30,7 +31,7 @@ from agentops.resumption import as_recorded, check_run_id, check_same, passed, r
 from agentops.run_settings import budget_of, check_tools, chosen, sound
 from agentops.settings import Settings
 from agentops.store import RunRow, open_store
-from agentops.tracer import Effects, Meter, RunTrace, TracedEmbedder, TracedEngine, TracedRetriever, Tracer, catch_up
+from agentops.tracer import Effects, Meter, RunTrace, TracedEmbedder, TracedEngine, TracedRetriever, Tracer, catch_up, locate
 
 
 class Runs:
@@ -58,6 +59,7 @@ class Runs:
         self._effects = effects
         self._context = context
         self._check_collection = check_collection
+        self._places = Places(settings.run.at_once or affordable())
         self._working: dict[asyncio.Task[Outcome], RunControl] = {}
         self._draining = False
 
@@ -196,7 +198,15 @@ class Runs:
         with open_store(self._settings) as store:
             return store.run(run_id)
 
-    async def _go(
+    async def _go(self, *what: Any, **how: Any) -> AsyncGenerator[RunEvent, None]:
+        """As `_work`, once there is a place."""
+        # A run inside another has that one's: each of those at work could be waiting for a second.
+        place = self._places.taken() if locate() is None else contextlib.nullcontext()
+        async with place, contextlib.aclosing(self._work(*what, **how)) as events:
+            async for event in events:
+                yield event
+
+    async def _work(
         self,
         graph: LoadedGraph,
         input: Any,

@@ -13,7 +13,22 @@ import sys
 
 import typer
 
-from agentops.cli import dataset, demo, documents, evaluate, graph, history, house, init, models, record, replay, run, terminal
+from agentops.cli import (
+    dataset,
+    demo,
+    documents,
+    evaluate,
+    graph,
+    history,
+    house,
+    init,
+    models,
+    record,
+    replay,
+    run,
+    stats,
+    terminal,
+)
 from agentops.errors import AgentOpsError, BudgetSpent
 
 app = typer.Typer(
@@ -24,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (run, history, graph, init, record, replay, evaluate, dataset, documents, models, house, terminal, demo):
+for part in (run, history, graph, init, record, stats, replay, evaluate, dataset, documents, models, house, terminal, demo):
     part.register(app)
 
 

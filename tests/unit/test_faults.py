@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import operator
+import resource
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
@@ -161,6 +164,24 @@ async def crowd(settings: Settings, count: int) -> None:
 @pytest.mark.long
 async def test_a_thousand_runs_at_once(settings: Settings) -> None:
     await crowd(settings, 1_000)
+
+
+async def test_more_runs_than_files_may_be_open_wait_for_each_other(settings: Settings) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held + 200, limits[1]))
+    try:
+        await crowd(settings, 80)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_run_inside_a_run_does_not_wait_for_it(settings: Settings) -> None:
+    one = replace(settings, run=replace(settings.run, at_once=1))
+    with Runtime(one) as runtime:
+        inner = line(a=says("inner"))
+        done = runtime.run(line(outer=lambda state: {"y": runtime.run(inner, {"x": []}).output["y"]}), {"x": []})
+    assert done.output["y"] == "inner"
 
 
 @pytest.mark.long
