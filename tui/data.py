@@ -18,6 +18,7 @@ from textual.message import Message
 
 from agentops.errors import AgentOpsError, RecordError, StoreLocked
 from agentops.settings import Settings
+from agentops.store.opening import open_database
 from agentops.store.pages import Pages, open_pages
 
 T = TypeVar("T")
@@ -192,7 +193,7 @@ class Reader:
         journal = self._settings.paths.home / "journal"
         try:
             # A record that was taken away is not made anew behind its owner's back.
-            if (self._settings.paths.home / "record.db").exists() and journal.is_dir() and any(journal.iterdir()):
+            if open_database(self._settings).exists() and journal.is_dir() and any(journal.glob("*.seg")):
                 self._catch_up()
         except AgentOpsError:
             raise

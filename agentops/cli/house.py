@@ -284,7 +284,7 @@ def _models(settings: Settings) -> Iterator[Finding]:
 def _store(settings: Settings) -> Iterator[Finding]:
     import sqlite3
 
-    from agentops.store.opening import HEAD, database_path, translated, version
+    from agentops.store.opening import HEAD, open_database
 
     low, high = SQLITE_WAL_RESET_BUG
     linked = f"SQLite {sqlite3.sqlite_version}"
@@ -295,19 +295,20 @@ def _store(settings: Settings) -> Iterator[Finding]:
             " connections write at once; here it cannot, because writers of the record take turns behind a file lock"
         )
     yield Finding("sqlite", "ok", linked)
-    path = database_path(settings)
-    if not path.exists():
-        yield Finding("store", "ok", "nothing is recorded yet")
-        return
     try:
-        with translated(path):
-            schema = version(path, settings.record.lock_timeout_s)
+        database = open_database(settings)
+        with database.translated():
+            schema = database.version(settings.record.lock_timeout_s) if database.exists() else None
+            about = database.about() if schema or settings.record.url else ""
     except AgentOpsError as error:
         yield Finding("store", "broken", str(error), error.hint)
         return
-    note = "" if schema == HEAD else f", will be upgraded to {HEAD}"
     waiting = len(list((settings.paths.home / "journal").glob("*.seg")))
-    yield Finding("store", "ok", f"{path}, {path.stat().st_size / 1e6:.1f} MB, schema {schema}{note}, {waiting} journal segments")
+    if schema is None:
+        yield Finding("store", "ok", f"{about}: nothing is recorded yet" if about else "nothing is recorded yet")
+        return
+    note = "" if schema == HEAD else f", will be upgraded to {HEAD}"
+    yield Finding("store", "ok", f"{about}, schema {schema}{note}, {waiting} journal segments")
 
 
 def _index(settings: Settings) -> Iterator[Finding]:

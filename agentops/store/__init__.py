@@ -13,12 +13,12 @@ from dataclasses import fields
 from typing import Any, Literal
 
 import zstandard
-from sqlalchemy import Row, Select, func, select, tuple_, union
+from sqlalchemy import Row, Select, Text, cast, func, select, tuple_, union
 
 from agentops.errors import RecordError, RunNotFound
 from agentops.records import Interrupt, PromptVersion, RunStatus, Score, Timing, Usage
 from agentops.settings import Settings
-from agentops.store.opening import database_path, ensure, reading_engine, translated
+from agentops.store.opening import open_database
 from agentops.store.rows import Balance, CaseRow, CheckpointRow, ExperimentRow, RunRow, ScoreRow, SpanRow, ThreadRow
 from agentops.store.tables import table
 from agentops.store.writing import StoreWriter, open_writer
@@ -40,12 +40,12 @@ __all__ = [
 
 
 def open_store(settings: Settings) -> Store:
-    """The record of `settings.paths.home`, made when it is missing, upgraded when it is older.
+    """The record that `record.url` names, or that of `paths.home`, made when it is missing, upgraded when it is older.
 
     Raises:
-        StoreLocked, StoreTooNew, StoreBroken, RecordError
+        StoreLocked, StoreTooNew, StoreBroken, StoreUnavailable, RecordError
     """
-    ensure(settings)
+    open_database(settings).ensure()
     return Store(settings)
 
 
@@ -53,8 +53,8 @@ class Store:
     """A reader of the record. Usable from several threads; close it, or use it as a context manager."""
 
     def __init__(self, settings: Settings) -> None:
-        self._path = database_path(settings)
-        self._engine = reading_engine(self._path, settings.record.lock_timeout_s)
+        self._database = open_database(settings)
+        self._engine = self._database.reader()
 
     def __enter__(self) -> Store:
         return self
@@ -66,7 +66,7 @@ class Store:
         self._engine.dispose()
 
     def _all(self, query: Select[Any]) -> list[Row[Any]]:
-        with translated(self._path), self._engine.connect() as connection:
+        with self._database.translated(), self._engine.connect() as connection:
             return list(connection.execute(query))
 
     def runs(
@@ -261,7 +261,8 @@ class Store:
                 spans.c.root_id,
                 func.max(spans.c.seq).label("last"),
                 func.count().label("stored"),
-                func.count().filter(spans.c.attributes["orphan"].as_boolean()).label("orphans"),
+                # As JSON text, as only that is the same in every database.
+                func.count().filter(cast(spans.c.attributes["orphan"], Text) == "true").label("orphans"),
             )
             .where(mine)
             .group_by(spans.c.root_id)

@@ -1,24 +1,22 @@
-"""Opening the database file: schema version, migrations under a lock, and SQLite's errors in our words.
+"""Where a record is kept, and how it is opened: its schema's version, migrations, writers that take turns, errors in our words.
 
-Old SQLite versions can damage a file when two connections write or checkpoint at the same time, so writers take turns
-behind a file lock and close their connection before they leave it; readers open the file read-only.
+All that differs between a file of SQLite and a Postgres is a `Database`, in `sqlite` and in `postgres`; the rest of the store
+does not know which of them it works on. Writers of one home take turns behind a file lock, whatever they write to: they read
+the same journal.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any, ClassVar
 
 from filelock import FileLock, Timeout
 from pydantic_core import to_json
-from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import QueuePool, StaticPool
+from sqlalchemy import Connection, Engine, Select
 
 from agentops.errors import RecordError, StoreBroken, StoreLocked, StoreTooNew
 from agentops.settings import Settings
@@ -29,35 +27,23 @@ HEAD = REVISIONS[-1]
 
 
 def database_path(settings: Settings) -> Path:
+    """The file that keeps the record where `record.url` names no server."""
     return settings.paths.home / "record.db"
 
 
-def _connect(path: Path, mode: str, timeout_s: float) -> sqlite3.Connection:
-    return sqlite3.connect(
-        f"file:{quote(str(path))}?mode={mode}", uri=True, timeout=timeout_s, isolation_level=None, check_same_thread=False
-    )
-
-
-def reading_engine(path: Path, timeout_s: float) -> Engine:
-    return create_engine("sqlite://", creator=lambda: _connect(path, "ro", timeout_s), poolclass=QueuePool)
-
-
-@contextmanager
-def writing_engine(settings: Settings, timeout_s: float) -> Iterator[Engine]:
-    """The one writer of the file, with the newest schema.
-
-    Raises:
-        StoreLocked, StoreTooNew, StoreBroken, RecordError
+def open_database(settings: Settings) -> Database:
     """
-    path = database_path(settings)
-    with translated(path), _turn(path, timeout_s):
-        if version(path, timeout_s) != HEAD:
-            migrate(path, timeout_s)
-        engine = _writer(path, timeout_s)
-        try:
-            yield engine
-        finally:
-            engine.dispose()
+    Raises:
+        SettingsError: `record.url` is no address.
+        RecordError: the driver that it needs is not installed.
+    """
+    if settings.record.url:
+        from agentops.store.postgres import PostgresDatabase
+
+        return PostgresDatabase(settings)
+    from agentops.store.sqlite import SqliteDatabase
+
+    return SqliteDatabase(settings)
 
 
 def json_text(value: object) -> str:
@@ -68,115 +54,147 @@ def json_text(value: object) -> str:
         return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _writer(path: Path, timeout_s: float) -> Engine:
-    engine = create_engine(
-        "sqlite://", creator=lambda: _connect(path, "rwc", timeout_s), poolclass=StaticPool, json_serializer=json_text
-    )
+class Database(ABC):
+    """The place of a record. It connects to nothing until it is asked to; what is `shared` is written by several homes."""
 
-    @event.listens_for(engine, "connect")
-    def _pragmas(connection: sqlite3.Connection, _: object) -> None:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        # Less often than after each batch; it is done at the latest when the connection is closed.
-        connection.execute("PRAGMA wal_autocheckpoint=4000")
+    shared: ClassVar[bool]
+    where: str
+    """The file, or the server's address without name and password."""
 
-    @event.listens_for(engine, "begin")
-    def _begin(connection: object) -> None:
-        # The driver would start a transaction too late for DDL, and as a reader.
-        connection.exec_driver_sql("BEGIN IMMEDIATE")  # type: ignore[attr-defined]
+    def __init__(self, settings: Settings) -> None:
+        self._lock = settings.paths.home / "record.lock"
+        self._timeout_s = settings.record.lock_timeout_s
 
-    return engine
+    @abstractmethod
+    def exists(self) -> bool:
+        """False where reading would make it first."""
 
+    @abstractmethod
+    def version(self, timeout_s: float) -> str | None:
+        """The schema's revision, `None` where there is none yet.
 
-@contextmanager
-def _turn(path: Path, timeout_s: float) -> Iterator[None]:
-    try:
-        path.parent.mkdir(0o700, parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
-        lock.acquire(timeout=timeout_s, poll_interval=0.02)
-    except Timeout:
-        raise _locked(path) from None
-    except OSError as error:
-        raise RecordError(f"the record cannot be written: {error}", hint="check paths.home in: agentops config") from error
-    try:
-        yield
-    finally:
-        lock.release()
+        Raises:
+            StoreTooNew, StoreBroken, StoreLocked, StoreUnavailable, RecordError (within `translated`)
+        """
 
+    @abstractmethod
+    def reader(self) -> Engine:
+        """Connections that cannot write."""
 
-def ensure(settings: Settings) -> None:
-    """Makes or upgrades the schema where that is needed, waiting for other writers only then."""
-    path, timeout_s = database_path(settings), settings.record.lock_timeout_s
-    with translated(path):
-        if version(path, timeout_s) == HEAD:
-            return
-        with _turn(path, timeout_s):
-            if version(path, timeout_s) != HEAD:
-                migrate(path, timeout_s)
+    @abstractmethod
+    def translated(self) -> AbstractContextManager[None]:
+        """The database's errors as ours."""
 
+    @abstractmethod
+    def identity(self) -> object:
+        """What is other when another record was put in this one's place.
 
-def version(path: Path, timeout_s: float) -> str | None:
-    """The schema's revision, `None` where there is none yet."""
-    if not path.exists() or path.stat().st_size == 0:
-        return None
-    with closing(_connect(path, "ro", timeout_s)) as connection:
-        names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if "alembic_version" not in names:
-            if not names:
-                return None
-            raise StoreBroken(
-                f"{path} is a database of something else (tables: {', '.join(sorted(names)[:5])})",
-                hint="move the file away, or point paths.home at another folder",
+        Raises:
+            RecordError: it is gone.
+        """
+
+    @abstractmethod
+    def changes(self, connection: Connection) -> int:
+        """A number that is other after anyone has written."""
+
+    @abstractmethod
+    def listed(self, values: Sequence[str]) -> Select[tuple[str]]:
+        """The values as rows, for an IN of any length."""
+
+    @abstractmethod
+    def stored(self, row: Mapping[str, Any], json_columns: Sequence[str]) -> Mapping[str, Any]:
+        """A row as it is handed to the driver, without loss."""
+
+    @abstractmethod
+    def about(self) -> str:
+        """For `doctor`: what it is, where, and how big.
+
+        Raises:
+            RecordError
+        """
+
+    @abstractmethod
+    def _connected(self, timeout_s: float) -> Engine:
+        """The writer's connection."""
+
+    @abstractmethod
+    def _migrating(self, timeout_s: float) -> AbstractContextManager[Connection | None]:
+        """A transaction for what is missing of the schema; `None` when another process was faster."""
+
+    @contextmanager
+    def writer(self, timeout_s: float) -> Iterator[Engine]:
+        """The one writer of this home, with the newest schema.
+
+        Raises:
+            StoreLocked, StoreTooNew, StoreBroken, StoreUnavailable, RecordError
+        """
+        with self.translated(), self._turn(timeout_s):
+            if not self._current(timeout_s):
+                self._migrate(timeout_s)
+            engine = self._connected(timeout_s)
+            try:
+                yield engine
+            finally:
+                engine.dispose()
+
+    def ensure(self) -> None:
+        """Makes or upgrades the schema where that is needed, waiting for other writers only then.
+
+        Raises:
+            StoreLocked, StoreTooNew, StoreBroken, StoreUnavailable, RecordError
+        """
+        with self.translated():
+            if self.version(self._timeout_s) == HEAD:
+                return
+            with self._turn(self._timeout_s):
+                if self.version(self._timeout_s) != HEAD:
+                    self._migrate(self._timeout_s)
+
+    def _current(self, timeout_s: float) -> bool:
+        return self.version(timeout_s) == HEAD
+
+    def _migrate(self, timeout_s: float) -> None:
+        """Runs the missing revisions in one transaction: killed half-way, nothing has changed."""
+        from alembic import command
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+        config.set_main_option("path_separator", "os")
+        with self._migrating(timeout_s) as connection:
+            if connection is not None:
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+
+    @contextmanager
+    def _turn(self, timeout_s: float) -> Iterator[None]:
+        try:
+            self._lock.parent.mkdir(0o700, parents=True, exist_ok=True)
+            lock = FileLock(self._lock)
+            lock.acquire(timeout=timeout_s, poll_interval=0.02)
+        except Timeout:
+            raise self._locked() from None
+        except OSError as error:
+            raise RecordError(f"the record cannot be written: {error}", hint="check paths.home in: agentops config") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _known(self, found: str | None) -> str | None:
+        if found is not None and found not in REVISIONS:
+            raise StoreTooNew(
+                f"the record was written by a newer version of this program (schema {found}, this one knows {HEAD})",
+                hint="upgrade agentops-runtime, or keep the record somewhere else: record.url, paths.home",
             )
-        row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-    found = str(row[0]) if row else None
-    if found is not None and found not in REVISIONS:
-        raise StoreTooNew(
-            f"the record was written by a newer version of this program (schema {found}, this one knows {HEAD})",
-            hint="upgrade agentops-runtime, or point paths.home at another folder",
+        return found
+
+    def _foreign(self, tables: set[str], hint: str) -> StoreBroken:
+        named = ", ".join(sorted(tables)[:5])
+        return StoreBroken(f"{self.where} is a database of something else (tables: {named})", hint=hint)
+
+    def _locked(self) -> StoreLocked:
+        return StoreLocked(
+            f"another process holds {self.where}",
+            hint="wait for it to end, or allow more time with record.lock_timeout_s",
         )
-    return found
-
-
-def migrate(path: Path, timeout_s: float) -> None:
-    """Runs the missing revisions in one transaction: killed half-way, nothing has changed."""
-    from alembic import command
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    # What people asked and got is in it: for its owner's eyes only.
-    path.touch(mode=0o600)
-    engine = _writer(path, timeout_s)
-    try:
-        with engine.begin() as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
-    finally:
-        engine.dispose()
-
-
-@contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """SQLite's errors as ours."""
-    try:
-        yield
-    except (sqlite3.DatabaseError, DBAPIError) as error:
-        cause = error.orig if isinstance(error, DBAPIError) else error
-        text = str(cause)
-        if re.search("locked|busy", text):
-            raise _locked(path) from error
-        if re.search("not a database|malformed|no such (table|column)", text):
-            raise StoreBroken(
-                f"{path} is damaged or no database: {text}",
-                hint="move the file away to start a new record; new runs are recorded meanwhile in the journal beside it",
-            ) from error
-        raise RecordError(f"{path}: {text}", hint="check the disk's free space and the permissions of paths.home") from error
-
-
-def _locked(path: Path) -> StoreLocked:
-    return StoreLocked(
-        f"another process holds {path}",
-        hint="wait for it to end, or allow more time with record.lock_timeout_s",
-    )

@@ -1,7 +1,7 @@
 """What a screen shows of the record: rows in pages by key, sums for meters, and a token that tells when something changed.
 
-A list is a vector of keys (SQLite's row ids, eight bytes a row) in the order asked for, and the rows of the keys that are
-seen; no page is found by counting from the start. Payloads are read for one row at a time, by `Store.payload`.
+A list is a vector of keys in the order asked for (row numbers in the order in which they came, eight bytes each), and the rows
+of the keys that are seen; no page is found by counting from the start. Payloads are read for one row at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from agentops.errors import RecordError, StoreTooNew
 from agentops.records import RunStatus, SpanKind, SpanStatus
 from agentops.settings import Settings
 from agentops.store import Store
-from agentops.store.opening import HEAD, REVISIONS, database_path, translated, version
+from agentops.store.opening import HEAD, REVISIONS, open_database
 from agentops.store.tables import table
 
 Sort = Literal["started", "time", "tokens", "graph", "status"]
@@ -108,11 +108,12 @@ def open_pages(settings: Settings, *, wait_s: float = 0.25) -> Pages:
     Raises:
         StoreLocked, StoreTooNew, StoreBroken, RecordError: among them that there is no record, or an older one.
     """
-    path = database_path(settings)
-    with translated(path):
-        found = version(path, wait_s)
+    database = open_database(settings)
+    with database.translated():
+        found = database.version(wait_s)
     if found != HEAD:
-        said = f"there is no record at {path}" if found is None else f"the record at {path} is of an older version"
+        place = database.where
+        said = f"there is no record at {place}" if found is None else f"the record at {place} is of an older version"
         raise RecordError(said, hint="any verb that reads it makes or upgrades it: agentops runs")
     return Pages(replace(settings, record=replace(settings.record, lock_timeout_s=wait_s)))
 
@@ -122,7 +123,7 @@ class Pages(Store):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self._place = self._file()
+        self._place = self._database.identity()
         self._watch: Connection | None = None
         self._seen = -1
         self._inputs: dict[str, str] = {}
@@ -134,27 +135,20 @@ class Pages(Store):
             self._watch.close()
         super().close()
 
-    def _file(self) -> tuple[int, int]:
-        try:
-            found = self._path.stat()
-        except OSError as error:
-            raise RecordError(f"the record at {self._path} is gone", hint="it is looked for again and again") from error
-        return found.st_dev, found.st_ino
-
     def change(self) -> int:
         """A number that differs from the one before when somebody has written since.
 
         Raises:
-            RecordError: the file is gone, or is another one than was opened.
+            RecordError: the record is gone, or is another one than was opened.
             StoreTooNew: it was upgraded meanwhile.
-            StoreLocked, StoreBroken
+            StoreLocked, StoreBroken, StoreUnavailable
         """
-        if self._file() != self._place:
-            raise RecordError(f"the record at {self._path} was replaced by another", hint="it is opened anew")
-        with translated(self._path):
+        if self._database.identity() != self._place:
+            raise RecordError(f"the record at {self._database.where} was replaced by another", hint="it is opened anew")
+        with self._database.translated():
             if self._watch is None:
                 self._watch = self._engine.connect()
-            now = int(self._watch.exec_driver_sql("PRAGMA data_version").scalar_one())
+            now = self._database.changes(self._watch)
             if now != self._seen:
                 schema = str(self._watch.exec_driver_sql("SELECT version_num FROM alembic_version").scalar_one())
                 if schema not in REVISIONS:
@@ -175,7 +169,8 @@ class Pages(Store):
             "graph": (runs.c.graph, runs.c.started_ns, runs.c.id),
             "status": (runs.c.status, runs.c.started_ns, runs.c.id),
         }[sort]
-        ordered = [one.desc() if descending else one.asc() for one in order]
+        # Runs without an end come where SQLite puts them by itself.
+        ordered = [one.desc().nulls_last() if descending else one.asc().nulls_first() for one in order]
         return self._keys(self._wanted(wanted).order_by(*ordered).limit(limit))
 
     def new_run_keys(self, wanted: RunFilter, after: int) -> array[int]:
@@ -223,10 +218,11 @@ class Pages(Store):
     def calls(self, *, since_ns: int = 0) -> list[CallLine]:
         """The model calls among the newest spans that are kept, those that started since; in the order of their keys."""
         spans = table("span")
-        newest = select(func.coalesce(func.max(_ROWID), 0) - NEWEST_SPANS).select_from(spans).scalar_subquery()
+        last = select(_ROWID).select_from(spans).order_by(_ROWID.desc()).limit(NEWEST_SPANS).subquery()
+        newest = select(func.min(last.c.rowid)).scalar_subquery()
         query = (
             select(*(spans.c[name] for name in CallLine._fields))
-            .where(newest < _ROWID, spans.c.kind == "generation", spans.c.start_ns >= since_ns)
+            .where(newest <= _ROWID, spans.c.kind == "generation", spans.c.start_ns >= since_ns)
             .order_by(_ROWID)
         )
         return [CallLine._make(row) for row in self._plain(query)]
@@ -258,8 +254,7 @@ class Pages(Store):
             inputs = self._input_texts(query)
             for word in wanted.words:
                 small = word.lower()
-                having = json.dumps([key for key, text in inputs.items() if small in text])
-                listed = select(func.json_each(having).table_valued("value").c.value)
+                listed = self._database.listed([key for key, text in inputs.items() if small in text])
                 places = (_has(runs.c[name], word) for name in ("id", "thread_id", "graph", "error"))
                 query = query.where(or_(*places, runs.c.input_hash.in_(listed)))
         return query
@@ -296,7 +291,7 @@ class Pages(Store):
         return list(self._all(query))
 
     def _keys(self, query: Select[Any]) -> array[int]:
-        with translated(self._path), self._engine.connect() as connection:
+        with self._database.translated(), self._engine.connect() as connection:
             return array("q", connection.execute(query).scalars())
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Column, Index, LargeBinary, Table, Text
+from sqlalchemy import JSON, BigInteger, Column, Index, Integer, LargeBinary, Table, Text
 from sqlmodel import Field, SQLModel
+
+from agentops.store.kinds import NUMBER
 
 
 def _ns(*, nullable: bool = False) -> Any:
@@ -191,6 +193,13 @@ class JournalPosition(SQLModel, table=True):
     segment: str = Field(primary_key=True)
     position: int = _ns()
     lost: int = 0
+
+
+for _row in (Thread, Run, Span, Payload, PromptVersion, Checkpoint, Score, Experiment, ExperimentCase, JournalPosition):
+    for _column in SQLModel.metadata.tables[str(_row.__tablename__)].columns:
+        # Of an `int` 32 bits would be kept in Postgres.
+        if type(_column.type) is Integer:
+            _column.type = NUMBER
 
 
 def table(name: str) -> Table:

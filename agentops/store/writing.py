@@ -9,18 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from operator import itemgetter
 from typing import Any
 
 import zstandard
-from sqlalchemy import JSON, ColumnElement, Connection, Engine, delete, func, select, true, update
-from sqlalchemy.dialects import registry
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import JSON, ColumnElement, Connection, Engine, Table, delete, func, select, true, update
+from sqlalchemy.dialects import postgresql, registry, sqlite
 from sqlmodel import AutoString
 
 from agentops.settings import Settings
-from agentops.store.opening import database_path, json_text, translated, writing_engine
+from agentops.store.opening import Database, json_text, open_database
 from agentops.store.tables import table
 
 log = logging.getLogger("agentops.store")
@@ -31,6 +30,7 @@ USAGE = ("input_tokens", "output_tokens", "cached_tokens", "computed_tokens", "t
 _RUN_CHANGES = ("status", "ended_ns", "output_hash", "pending_hash", "error", "pid", "segment")
 
 _EXPERIMENT_CHANGES = ("status", "ended_ns", "error", "pid", "segment")
+_INSERTS: Mapping[str, Callable[[Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 _INTEGER = 2**63
 _SENSELESS = (KeyError, TypeError, ValueError, OverflowError)
 _CHUNK = 500
@@ -43,20 +43,19 @@ def open_writer(settings: Settings, *, timeout_s: float | None = None) -> Iterat
 
     Raises:
         StoreLocked: not within `timeout_s` (`record.lock_timeout_s` when not given).
-        StoreTooNew, StoreBroken, RecordError
+        StoreTooNew, StoreBroken, StoreUnavailable, RecordError
     """
-    wait_s = settings.record.lock_timeout_s if timeout_s is None else timeout_s
-    with writing_engine(settings, wait_s) as engine, translated(database_path(settings)):
-        yield StoreWriter(engine)
+    database = open_database(settings)
+    with database.writer(settings.record.lock_timeout_s if timeout_s is None else timeout_s) as engine:
+        yield StoreWriter(engine, database)
 
 
 class StoreWriter:
-    """Made by `open_writer`; errors of the database leave its block as ours. A `shared` record is written by several homes: of
-    what another one writes nothing is taken for dead here."""
+    """Made by `open_writer`; errors of the database leave its block as ours."""
 
-    def __init__(self, engine: Engine, *, shared: bool = False) -> None:
+    def __init__(self, engine: Engine, database: Database) -> None:
         self._engine = engine
-        self._shared = shared
+        self._database = database
         self._compressor = zstandard.ZstdCompressor(level=1)
         self.rejected = 0
 
@@ -70,20 +69,21 @@ class StoreWriter:
         """Stores the events and the positions after them, both or neither."""
         rows = self._rows(events)
         with self._engine.begin() as connection:
-            _upsert(connection, "payload", rows["payload"])
-            _upsert(connection, "prompt_version", rows["prompt"])
-            _upsert(connection, "thread", rows["thread"], ("last_ns",))
-            _upsert(connection, "run", rows["run"], _RUN_CHANGES)
-            _upsert(connection, "span", rows["span"], _changing("span"))
+            upsert = partial(self._upsert, connection)
+            upsert("payload", rows["payload"])
+            upsert("prompt_version", rows["prompt"])
+            upsert("thread", rows["thread"], ("last_ns",))
+            upsert("run", rows["run"], _RUN_CHANGES)
+            upsert("span", rows["span"], _changing("span"))
             _sum_usage(connection, sorted({row["run_id"] for row in rows["span"] if row["kind"] == "generation"}))
-            _upsert(connection, "checkpoint", rows["checkpoint"])
-            _upsert(connection, "score", rows["score"])
-            _upsert(connection, "experiment", rows["experiment"], _EXPERIMENT_CHANGES)
-            _upsert(connection, "experiment_case", rows["case"], ("run_id", "status", "error"))
+            upsert("checkpoint", rows["checkpoint"])
+            upsert("score", rows["score"])
+            upsert("experiment", rows["experiment"], _EXPERIMENT_CHANGES)
+            upsert("experiment_case", rows["case"], ("run_id", "status", "error"))
             marks = [{"segment": name, "position": place, "lost": lost.get(name, 0)} for name, place in positions.items()]
             if marks:
                 place = table("journal_position")
-                statement = insert(place)
+                statement = _INSERTS[connection.dialect.name](place)
                 changes = {"position": statement.excluded.position, "lost": place.c.lost + statement.excluded.lost}
                 connection.execute(statement.on_conflict_do_update(index_elements=["segment"], set_=changes), marks)
 
@@ -105,7 +105,14 @@ class StoreWriter:
 
     def _of(self, home: str, segment: ColumnElement[str]) -> ColumnElement[bool]:
         # In a home's own file everything is its own, also what was written before segments were named after their home.
-        return segment.startswith(f"{home}-", autoescape=True) if self._shared else true()
+        return segment.startswith(f"{home}-", autoescape=True) if self._database.shared else true()
+
+    def _upsert(self, connection: Connection, name: str, rows: list[dict[str, Any]], changes: tuple[str, ...] = ()) -> None:
+        if rows:
+            text, order = _upserting(name, changes, connection.dialect.name, connection.dialect.driver)
+            # They are fitted to the columns already; to bind them one by one once more takes three times as long as storing.
+            values = list(map(order, rows)) if order else [self._database.stored(row, _json_columns(name)) for row in rows]
+            connection.exec_driver_sql(text, values)
 
     def _rows(self, events: Iterable[Event]) -> dict[str, list[dict[str, Any]]]:
         found: dict[str, dict[Any, Any]] = {kind: {} for kind in _KINDS}
@@ -205,19 +212,14 @@ def _fit(name: str, event: Event) -> dict[str, Any]:
     return row
 
 
-def _upsert(connection: Connection, name: str, rows: list[dict[str, Any]], changes: tuple[str, ...] = ()) -> None:
-    if rows:
-        text, order = _upserting(name, changes, f"{connection.dialect.name}.{connection.dialect.driver}")
-        # They are fitted to the columns already; to bind them one by one once more takes three times as long as to store them.
-        connection.exec_driver_sql(text, list(map(order, rows)) if order else rows)
-
-
 @cache
-def _upserting(name: str, changes: tuple[str, ...], dialect: str) -> tuple[str, Callable[[Any], tuple[Any, ...]] | None]:
+def _upserting(
+    name: str, changes: tuple[str, ...], dialect: str, driver: str
+) -> tuple[str, Callable[[Any], tuple[Any, ...]] | None]:
     """The statement that adds rows of a table, or changes what may change of them, and what puts a row in the order of its
     parameters where these have no names."""
     target = table(name)
-    statement = insert(target)
+    statement = _INSERTS[dialect](target)
     keys = [column.name for column in target.primary_key]
     if changes:
         statement = statement.on_conflict_do_update(
@@ -225,8 +227,13 @@ def _upserting(name: str, changes: tuple[str, ...], dialect: str) -> tuple[str, 
         )
     else:
         statement = statement.on_conflict_do_nothing(index_elements=keys)
-    compiled = statement.compile(dialect=registry.load(dialect)())
+    compiled = statement.compile(dialect=registry.load(f"{dialect}.{driver}")())
     return str(compiled), itemgetter(*compiled.positiontup) if compiled.positiontup else None
+
+
+@cache
+def _json_columns(name: str) -> tuple[str, ...]:
+    return tuple(column.name for column in table(name).columns if isinstance(column.type, JSON))
 
 
 @cache

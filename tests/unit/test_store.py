@@ -24,17 +24,17 @@ from agentops.errors import RecordError, RunNotFound, StoreBroken, StoreLocked, 
 from agentops.records import PromptVersion
 from agentops.settings import PathSettings, RecordSettings, Settings
 from agentops.store import Store, StoreWriter, open_store, open_writer
-from agentops.store.opening import HEAD, REVISIONS, reading_engine, writing_engine
+from agentops.store.opening import HEAD, REVISIONS, open_database
 
 
 def run_event(name: str, ns: int, **more: Any) -> dict[str, Any]:
     base = {"t": "run", "ns": ns, "id": name, "thread_id": "th_1", "graph": "rag", "status": "running", "started_ns": ns}
-    return {**base, "segment": "a.seg", **more}
+    return {**base, "segment": "home_1-a.seg", **more}
 
 
 def span_event(name: str, run: str, seq: int = 1, **more: Any) -> dict[str, Any]:
     base = {"t": "span", "ns": seq, "id": name, "run_id": run, "root_id": "sp_root", "seq": seq, "kind": "node", "name": name}
-    return {**base, "status": "open", "start_ns": seq, "segment": "a.seg", **more}
+    return {**base, "status": "open", "start_ns": seq, "segment": "home_1-a.seg", **more}
 
 
 def apply(settings: Settings, *events: dict[str, Any]) -> None:
@@ -43,15 +43,15 @@ def apply(settings: Settings, *events: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def store(settings: Settings) -> Iterator[Store]:
+def store(either_settings: Settings) -> Iterator[Store]:
     apply(
-        settings,
+        either_settings,
         run_event("run_01A", 100, status="done", ended_ns=150),
         run_event("run_01B", 200, status="failed", ended_ns=260, error="ValueError: no", graph="./mine.py:graph"),
         run_event("run_02C", 300, thread_id="th_2"),
         run_event("run_02D", 300, thread_id="th_2", status="waiting", tags=["x"], settings={"k": 3}),
     )
-    with open_store(settings) as opened:
+    with open_store(either_settings) as opened:
         yield opened
 
 
@@ -94,8 +94,8 @@ def test_a_run_is_found_by_a_unique_beginning_or_as_the_last(store: Store) -> No
         assert caught.value.hint
 
 
-def test_an_empty_record_answers(settings: Settings) -> None:
-    with open_store(settings) as store:
+def test_an_empty_record_answers(either_settings: Settings) -> None:
+    with open_store(either_settings) as store:
         assert store.runs() == []
         assert store.spans("run_1") == []
         assert store.balance("run_1").balanced
@@ -106,7 +106,7 @@ def test_an_empty_record_answers(settings: Settings) -> None:
                 ask("nothing")
 
 
-def test_the_same_events_again_change_nothing(settings: Settings) -> None:
+def test_the_same_events_again_change_nothing(either_settings: Settings) -> None:
     events = [
         {"t": "payload", "ns": 1, "hash": "b2:1", "data": b'{"a":1}', "truncated": True},
         {"t": "prompt", "ns": 1, "name": "write", "version": "b2:p", "template": "T"},
@@ -117,14 +117,14 @@ def test_the_same_events_again_change_nothing(settings: Settings) -> None:
     ]
 
     def look() -> list[Any]:
-        with open_store(settings) as store:
+        with open_store(either_settings) as store:
             return [store.runs(), store.spans("run_1"), store.balance("run_1"), store.thread("th_1"), store.payload("b2:1")]
 
-    apply(settings, *events)
+    apply(either_settings, *events)
     first = look()
-    apply(settings, *events)
+    apply(either_settings, *events)
     for event in events:
-        apply(settings, event)
+        apply(either_settings, event)
     assert look() == first
     (run,) = first[0]
     assert (run.status, run.graph, run.input_hash, run.usage.input_tokens, run.usage.output_tokens) == (
@@ -135,11 +135,13 @@ def test_the_same_events_again_change_nothing(settings: Settings) -> None:
         2,
     )
     assert (first[2].emitted, first[2].stored, first[2].truncated) == (2, 2, 1)
-    with open_store(settings) as store:
+    with open_store(either_settings) as store:
         assert store.prompt("b2:p") == PromptVersion("write", "b2:p", "T")
 
 
-def test_an_event_that_makes_no_sense_does_not_hold_up_the_others(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_event_that_makes_no_sense_does_not_hold_up_the_others(
+    either_settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
     bad: list[dict[str, Any]] = [
         {},
         {"t": "unknown"},
@@ -150,36 +152,38 @@ def test_an_event_that_makes_no_sense_does_not_hold_up_the_others(settings: Sett
         {"t": "payload", "hash": "b2:x", "data": "text"},
         run_event("run_x", 1, thread_id=None),
     ]
-    with open_writer(settings) as writer:
+    with open_writer(either_settings) as writer:
         writer.apply(
-            [*bad, run_event("run_1", 1), span_event("sp_1", "run_1", attributes={"raw": b"\xff"})], {"a.seg": 10}, {"a.seg": 2}
+            [*bad, run_event("run_1", 1), span_event("sp_1", "run_1", attributes={"raw": b"\xff"})],
+            {"home_1-a.seg": 10},
+            {"home_1-a.seg": 2},
         )
         assert writer.rejected == len(bad)
-        assert writer.positions() == {"a.seg": 10}
-    with open_store(settings) as store:
+        assert writer.positions() == {"home_1-a.seg": 10}
+    with open_store(either_settings) as store:
         assert names(store.runs()) == ["run_1"]
         assert names(store.spans("run_1")) == ["sp_1"]
     assert "makes no sense" in caplog.text
 
 
-def test_runs_and_spans_without_a_living_segment_are_crashed(settings: Settings) -> None:
-    with open_writer(settings) as writer:
+def test_runs_and_spans_without_a_living_segment_are_crashed(either_settings: Settings) -> None:
+    with open_writer(either_settings) as writer:
         writer.apply(
             [
                 run_event("run_1", 1),
-                run_event("run_2", 2, segment="b.seg"),
+                run_event("run_2", 2, segment="home_1-b.seg"),
                 run_event("run_3", 3, status="waiting"),
                 span_event("sp_1", "run_1"),
                 span_event("sp_2", "run_1", 2, status="ok"),
-                span_event("sp_3", "run_2", segment="b.seg"),
+                span_event("sp_3", "run_2", segment="home_1-b.seg"),
             ],
-            {"a.seg": 1, "b.seg": 1},
+            {"home_1-a.seg": 1, "home_1-b.seg": 1},
             {},
         )
-        assert writer.bury(["b.seg"], home="home_1") == 1
-        writer.forget(["b.seg"], home="home_1")
-        assert writer.positions() == {"b.seg": 1}
-    with open_store(settings) as store:
+        assert writer.bury(["home_1-b.seg"], home="home_1") == 1
+        writer.forget(["home_1-b.seg"], home="home_1")
+        assert writer.positions() == {"home_1-b.seg": 1}
+    with open_store(either_settings) as store:
         assert {row.id: row.status for row in store.runs()} == {"run_1": "crashed", "run_2": "running", "run_3": "waiting"}
         assert {one.id: one.status for one in [*store.spans("run_1"), *store.spans("run_2")]} == {
             "sp_1": "crashed",
@@ -188,36 +192,38 @@ def test_runs_and_spans_without_a_living_segment_are_crashed(settings: Settings)
         }
 
 
-def test_a_home_that_shares_a_record_finds_none_dead_but_its_own(settings: Settings) -> None:
+def test_a_home_that_shares_a_record_finds_none_dead_but_its_own(either_settings: Settings) -> None:
     running = {name: f"home_{name}-j_1.seg" for name in ("a", "ab")}
-    for shared, dead in ((True, {"run_a"}), (False, {"run_a", "run_ab", "run_old"})):
-        with writing_engine(settings, 1) as engine:
-            writer = StoreWriter(engine, shared=shared)
-            writer.apply(
-                [
-                    *(run_event(f"run_{name}", 1, segment=segment) for name, segment in running.items()),
-                    *(span_event(f"sp_{name}", f"run_{name}", segment=segment) for name, segment in running.items()),
-                    run_event("run_old", 1, segment="j_1.seg"),
-                ],
-                dict.fromkeys([*running.values(), "j_1.seg"], 1),
-                {},
-            )
-            assert writer.bury([], home="home_a") == len(dead)
-            writer.forget([], home="home_a")
-            assert set(writer.positions()) == ({running["ab"], "j_1.seg"} if shared else set())
-        with open_store(settings) as store:
-            assert {row.id for row in store.runs(status="crashed")} == dead
-            assert [store.span(name).status for name in ("sp_a", "sp_ab")] == ["crashed", "open" if shared else "crashed"]
+    shared = bool(either_settings.record.url)
+    dead = {"run_a"} if shared else {"run_a", "run_ab", "run_old"}
+    with open_writer(either_settings) as writer:
+        writer.apply(
+            [
+                *(run_event(f"run_{name}", 1, segment=segment) for name, segment in running.items()),
+                *(span_event(f"sp_{name}", f"run_{name}", segment=segment) for name, segment in running.items()),
+                run_event("run_old", 1, segment="j_1.seg"),
+            ],
+            dict.fromkeys([*running.values(), "j_1.seg"], 1),
+            {},
+        )
+        assert writer.bury([], home="home_a") == len(dead)
+        writer.forget([], home="home_a")
+        assert set(writer.positions()) == ({running["ab"], "j_1.seg"} if shared else set())
+    with open_store(either_settings) as store:
+        assert {row.id for row in store.runs(status="crashed")} == dead
+        assert [store.span(name).status for name in ("sp_a", "sp_ab")] == ["crashed", "open" if shared else "crashed"]
 
 
 # Files and schemas
 
 
-def test_the_migrations_make_the_tables_that_the_code_knows(settings: Settings) -> None:
-    open_store(settings).close()
-    engine = reading_engine(settings.paths.home / "record.db", 1)
+def test_the_migrations_make_the_tables_that_the_code_knows(either_settings: Settings) -> None:
+    open_store(either_settings).close()
+    engine = open_database(either_settings).reader()
     with engine.connect() as connection:
-        difference = compare_metadata(MigrationContext.configure(connection), SQLModel.metadata)
+        # Its own numbering of rows is a column in Postgres.
+        options = {"include_name": lambda name, kind, _: not (name == "rowid" or str(name).endswith("_rowid"))}
+        difference = compare_metadata(MigrationContext.configure(connection, opts=options), SQLModel.metadata)
     engine.dispose()
     assert difference == []
     assert sorted(set(REVISIONS)) == REVISIONS
@@ -225,20 +231,37 @@ def test_the_migrations_make_the_tables_that_the_code_knows(settings: Settings) 
 
 
 def tamper(settings: Settings, statement: str) -> None:
+    if settings.record.url:
+        import psycopg
+
+        with psycopg.connect(settings.record.url) as server:
+            server.execute(statement)
+        return
     with closing(sqlite3.connect(settings.paths.home / "record.db")) as connection:
         connection.execute(statement)
         connection.commit()
 
 
-def test_a_record_of_a_newer_program_is_left_alone(settings: Settings) -> None:
-    apply(settings, run_event("run_1", 1))
-    tamper(settings, "UPDATE alembic_version SET version_num = '9999'")
-    before = (settings.paths.home / "record.db").read_bytes()
-    for opening in (lambda: open_store(settings), lambda: apply(settings, run_event("run_2", 1))):
+def whole(settings: Settings) -> object:
+    if not settings.record.url:
+        return (settings.paths.home / "record.db").read_bytes()
+    import psycopg
+
+    with psycopg.connect(settings.record.url) as server:
+        return server.execute("SELECT run.*, xmin FROM run").fetchall(), server.execute(
+            "SELECT * FROM alembic_version"
+        ).fetchall()
+
+
+def test_a_record_of_a_newer_program_is_left_alone(either_settings: Settings) -> None:
+    apply(either_settings, run_event("run_1", 1))
+    tamper(either_settings, "UPDATE alembic_version SET version_num = '9999'")
+    before = whole(either_settings)
+    for opening in (lambda: open_store(either_settings), lambda: apply(either_settings, run_event("run_2", 1))):
         with pytest.raises(StoreTooNew, match="9999") as caught:
             opening()
         assert "upgrade" in caught.value.hint
-    assert (settings.paths.home / "record.db").read_bytes() == before
+    assert whole(either_settings) == before
 
 
 def test_a_file_that_is_no_database_and_one_of_something_else(settings: Settings) -> None:
@@ -290,10 +313,10 @@ def test_a_locked_store_is_told_after_the_time_out(settings: Settings) -> None:
         assert names(store.runs()) == ["run_1"]
 
 
-def test_writers_take_turns_and_readers_do_not_wait(settings: Settings) -> None:
-    quick = replace(settings, record=RecordSettings(lock_timeout_s=0.1))
-    apply(settings, run_event("run_1", 1))
-    with open_writer(settings):
+def test_writers_take_turns_and_readers_do_not_wait(either_settings: Settings) -> None:
+    quick = replace(either_settings, record=replace(either_settings.record, lock_timeout_s=0.1))
+    apply(either_settings, run_event("run_1", 1))
+    with open_writer(either_settings):
         with pytest.raises(StoreLocked):
             apply(quick, run_event("run_2", 2))
         with open_store(quick) as store:
@@ -301,10 +324,10 @@ def test_writers_take_turns_and_readers_do_not_wait(settings: Settings) -> None:
     apply(quick, run_event("run_2", 2))
 
 
-def test_a_reader_cannot_write(settings: Settings) -> None:
-    open_store(settings).close()
-    engine = reading_engine(settings.paths.home / "record.db", 1)
-    with engine.connect() as connection, pytest.raises(Exception, match="readonly"):
+def test_a_reader_cannot_write(either_settings: Settings) -> None:
+    open_store(either_settings).close()
+    engine = open_database(either_settings).reader()
+    with engine.connect() as connection, pytest.raises(Exception, match=r"read-?only"):
         connection.exec_driver_sql("DELETE FROM run")
     engine.dispose()
 
@@ -330,25 +353,25 @@ def test_a_home_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     assert caught.value.hint
 
 
-def test_the_store_is_what_any_order_of_batches_and_repeats_leads_to(settings: Settings) -> None:
+def test_the_store_is_what_any_order_of_batches_and_repeats_leads_to(either_settings: Settings) -> None:
     """Against a model in plain dictionaries: random runs and spans start, end, are repeated and buried."""
 
     class Record(RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
-            tamper_all(settings)
+            tamper_all(either_settings)
             self.status: dict[str, str] = {}
             self.tokens: dict[str, dict[str, int]] = {}
             self.past: list[dict[str, Any]] = []
             self.ns = 0
 
         def tell(self, event: dict[str, Any]) -> None:
-            with open_writer(settings) as writer:
+            with open_writer(either_settings) as writer:
                 self.write(writer, event)
             self.past.append(event)
 
         def write(self, writer: StoreWriter, event: dict[str, Any]) -> None:
-            writer.apply([event], {"a.seg": self.ns}, {})
+            writer.apply([event], {"home_1-a.seg": self.ns}, {})
 
         @rule(name=st.sampled_from("abc"), status=st.sampled_from(["running", "done", "failed", "waiting"]))
         def run(self, name: str, status: str) -> None:
@@ -369,7 +392,7 @@ def test_the_store_is_what_any_order_of_batches_and_repeats_leads_to(settings: S
         @rule()
         def repeat_the_last(self) -> None:
             if self.past:
-                with open_writer(settings) as writer:
+                with open_writer(either_settings) as writer:
                     self.write(writer, self.past[-1])
                 last = self.past[-1]
                 if last["t"] == "run":
@@ -377,13 +400,13 @@ def test_the_store_is_what_any_order_of_batches_and_repeats_leads_to(settings: S
 
         @rule()
         def bury(self) -> None:
-            with open_writer(settings) as writer:
+            with open_writer(either_settings) as writer:
                 writer.bury([], home="home_1")
             self.status = {name: "crashed" if status == "running" else status for name, status in self.status.items()}
 
         @invariant()
         def agrees(self) -> None:
-            with open_store(settings) as store:
+            with open_store(either_settings) as store:
                 rows = store.runs()
                 assert {row.id: row.status for row in rows} == self.status
                 for row in rows:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from agentops.store.kinds import WORD
+
 revision = "0002"
 down_revision = "0001"
 branch_labels = None
@@ -12,7 +14,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.add_column("run", sa.Column("pending_hash", sa.String(), nullable=True))
+    op.add_column("run", sa.Column("pending_hash", WORD, nullable=True))
 
 
 def downgrade() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from agentops.store.kinds import NUMBER, TEXT, WORD
+
 revision = "0003"
 down_revision = "0002"
 branch_labels = None
@@ -14,18 +16,18 @@ depends_on = None
 def upgrade() -> None:
     op.create_table(
         "score",
-        sa.Column("id", sa.String(), primary_key=True),
-        sa.Column("run_id", sa.String(), nullable=False),
-        sa.Column("span_id", sa.String(), nullable=True),
-        sa.Column("experiment_id", sa.String(), nullable=True),
-        sa.Column("case_id", sa.String(), nullable=True),
-        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("id", WORD, primary_key=True),
+        sa.Column("run_id", WORD, nullable=False),
+        sa.Column("span_id", WORD, nullable=True),
+        sa.Column("experiment_id", WORD, nullable=True),
+        sa.Column("case_id", WORD, nullable=True),
+        sa.Column("name", WORD, nullable=False),
         sa.Column("value", sa.Float(), nullable=True),
-        sa.Column("reason", sa.String(), nullable=False),
-        sa.Column("source", sa.String(), nullable=False),
-        sa.Column("judged", sa.String(), nullable=False),
-        sa.Column("author", sa.String(), nullable=False),
-        sa.Column("comment", sa.Text(), nullable=True),
+        sa.Column("reason", WORD, nullable=False),
+        sa.Column("source", WORD, nullable=False),
+        sa.Column("judged", WORD, nullable=False),
+        sa.Column("author", WORD, nullable=False),
+        sa.Column("comment", TEXT, nullable=True),
         sa.Column("details", sa.JSON(), nullable=False),
         sa.Column("created_ns", sa.BigInteger(), nullable=False),
     )
@@ -34,29 +36,29 @@ def upgrade() -> None:
     op.create_index("ix_score_name", "score", ["name", "created_ns"])
     op.create_table(
         "experiment",
-        sa.Column("id", sa.String(), primary_key=True),
-        sa.Column("name", sa.String(), nullable=False),
-        sa.Column("dataset", sa.String(), nullable=False),
-        sa.Column("dataset_hash", sa.String(), nullable=False),
-        sa.Column("graph", sa.String(), nullable=False),
-        sa.Column("status", sa.String(), nullable=False),
-        sa.Column("cases", sa.Integer(), nullable=False),
+        sa.Column("id", WORD, primary_key=True),
+        sa.Column("name", WORD, nullable=False),
+        sa.Column("dataset", WORD, nullable=False),
+        sa.Column("dataset_hash", WORD, nullable=False),
+        sa.Column("graph", WORD, nullable=False),
+        sa.Column("status", WORD, nullable=False),
+        sa.Column("cases", NUMBER, nullable=False),
         sa.Column("started_ns", sa.BigInteger(), nullable=False),
         sa.Column("ended_ns", sa.BigInteger(), nullable=True),
-        sa.Column("pid", sa.Integer(), nullable=False),
-        sa.Column("segment", sa.String(), nullable=False),
-        sa.Column("error", sa.Text(), nullable=True),
+        sa.Column("pid", NUMBER, nullable=False),
+        sa.Column("segment", WORD, nullable=False),
+        sa.Column("error", TEXT, nullable=True),
         sa.Column("settings", sa.JSON(), nullable=False),
     )
     op.create_index("ix_experiment_started", "experiment", ["started_ns", "id"])
     op.create_table(
         "experiment_case",
-        sa.Column("experiment_id", sa.String(), primary_key=True),
-        sa.Column("case_id", sa.String(), primary_key=True),
-        sa.Column("place", sa.Integer(), nullable=False),
-        sa.Column("run_id", sa.String(), nullable=True),
-        sa.Column("status", sa.String(), nullable=False),
-        sa.Column("error", sa.Text(), nullable=True),
+        sa.Column("experiment_id", WORD, primary_key=True),
+        sa.Column("case_id", WORD, primary_key=True),
+        sa.Column("place", NUMBER, nullable=False),
+        sa.Column("run_id", WORD, nullable=True),
+        sa.Column("status", WORD, nullable=False),
+        sa.Column("error", TEXT, nullable=True),
     )
     op.create_index("ix_experiment_case_run_id", "experiment_case", ["run_id"])
 
