@@ -1,8 +1,10 @@
 """What does the record cost? CPU of a durable, traced superstep, against LangGraph with upstream's SQLite savers alone.
 
 Every subject runs in a process of its own in turns with the baseline: the same graph, `sync` durability, WAL and
-`synchronous=FULL`, the median of the rounds. Ours counts twice: while the run goes on ("run"), and with what the drainer does
-later to bring the events into the store ("+ store"). Peers are callback tracers over the baseline whose exporter keeps
+`synchronous=FULL`. Each graph runs in a short and in a long form: a superstep costs what the long one takes more, a step each,
+and a run what is left of the short one (its thread's file, its rows, its start and end). Medians of the rounds. Ours counts
+twice: while the run goes on ("traced"), and with what the drainer does later to bring the events into the store ("+ store").
+Peers are callback tracers over the baseline whose exporter keeps
 nothing, so what they would do to store a span is not in their number; they need `--peers PYTHON`, an interpreter that has
 them (`pip install langfuse mlflow-tracing openinference-instrumentation-langchain` beside this project's packages).
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import operator
@@ -35,7 +38,8 @@ from typing import Annotated, Any, TypedDict
 
 SUBJECTS = ("ours", "openinference", "langfuse", "mlflow")
 SHAPES = ("chain", "send", "chat")
-CHAIN, WIDTH, ROUNDS_OF_SEND, TURNS = 24, 16, 6, 12
+SIZES = {"chain": (4, 44), "send": (1, 9), "chat": (2, 16)}
+WIDTH = 16
 KILLED_AFTER = 300
 
 
@@ -44,20 +48,20 @@ class State(TypedDict, total=False):
     found: Annotated[list[int], operator.add]
 
 
-def chain() -> tuple[Any, Any, int]:
+def chain(size: int) -> tuple[Any, Any, int]:
     """(graph builder, input, supersteps) of nodes in a row."""
     from langgraph.graph import START, StateGraph
 
     builder = StateGraph(State)
     before = START
-    for number in range(CHAIN):
+    for number in range(size):
         builder.add_node(name := f"node_{number}", lambda state: {"x": state["x"] + 1})
         builder.add_edge(before, name)
         before = name
-    return builder, {"x": 0}, CHAIN
+    return builder, {"x": 0}, size
 
 
-def send() -> tuple[Any, Any, int]:
+def send(size: int) -> tuple[Any, Any, int]:
     """The same of packets sent to 16 tasks at once, and what they found put together."""
     from langgraph.graph import START, StateGraph
     from langgraph.types import Send
@@ -69,11 +73,11 @@ def send() -> tuple[Any, Any, int]:
     builder.add_conditional_edges("plan", lambda state: [Send("work", {"x": number}) for number in range(WIDTH)], ["work"])
     builder.add_node("join", lambda state: {"x": state["x"]})
     builder.add_edge("work", "join")
-    builder.add_conditional_edges("join", lambda state: "plan" if state["x"] < ROUNDS_OF_SEND else "__end__", ["plan", "__end__"])
-    return builder, {"x": 0, "found": []}, 3 * ROUNDS_OF_SEND
+    builder.add_conditional_edges("join", lambda state: "plan" if state["x"] < size else "__end__", ["plan", "__end__"])
+    return builder, {"x": 0, "found": []}, 3 * size
 
 
-def chat() -> tuple[Any, Any, int]:
+def chat(size: int) -> tuple[Any, Any, int]:
     """The same of a person and a model in turns, with the conversation as the state."""
     from langchain_core.language_models import FakeListChatModel
     from langgraph.graph import START, MessagesState, StateGraph
@@ -91,14 +95,14 @@ def chat() -> tuple[Any, Any, int]:
     builder.add_node("answer", answer)
     builder.add_edge(START, "ask")
     builder.add_edge("ask", "answer")
-    enough = 2 * TURNS
+    enough = 2 * size
     builder.add_conditional_edges(
         "answer", lambda state: "ask" if len(state["messages"]) < enough else "__end__", ["ask", "__end__"]
     )
-    return builder, {"messages": []}, 2 * TURNS
+    return builder, {"messages": []}, 2 * size
 
 
-MAKERS: dict[str, Callable[[], tuple[Any, Any, int]]] = {"chain": chain, "send": send, "chat": chat}
+MAKERS: dict[str, Callable[[int], tuple[Any, Any, int]]] = {"chain": chain, "send": send, "chat": chat}
 
 
 @dataclass
@@ -111,6 +115,7 @@ class Cost:
 
 
 def measured(work: Callable[[], Any], afterwards: Callable[[], Any] | None = None) -> Cost:
+    gc.collect()
     cpu, wall = time.process_time(), time.perf_counter()
     work()
     ran = Cost(time.process_time() - cpu, time.perf_counter() - wall)
@@ -205,17 +210,19 @@ def baseline_sync(builder: Any, given: Any, file: Path, runs: list[str], callbac
 
 
 def worker(subject: str, shape: str, caller: str, rounds: int, folder: Path) -> dict[str, Any]:
-    """Costs of one superstep in microseconds: of the baseline, and of a subject, in turns in this process."""
+    """Costs in microseconds of a superstep and of a run: of the baseline, and of a subject, in turns in this process."""
     logging.disable(logging.WARNING)
-    builder, given, steps = MAKERS[shape]()
-    runs = 3
+    made = {size: MAKERS[shape](size) for size in SIZES[shape]}
+    # asyncio.run asks for the interrupt's handler, and with that for the text of the task and of all it was given.
+    loop = asyncio.new_event_loop()
 
-    def baseline(round_: int, callbacks: list[Any], name: str) -> None:
-        threads = [f"{name}_{round_}_{number}" for number in range(runs)]
+    def baseline(size: int, round_: int, callbacks: list[Any], name: str) -> None:
+        builder, given, _ = made[size]
+        file, threads = folder / "baseline.db", [f"{name}_{size}_{round_}"]
         if caller == "sync":
-            baseline_sync(builder, given, folder / "baseline.db", threads, callbacks)
+            baseline_sync(builder, given, file, threads, callbacks)
         else:
-            asyncio.run(baseline_async(builder, given, folder / "baseline.db", threads, callbacks))
+            loop.run_until_complete(baseline_async(builder, given, file, threads, callbacks))
 
     afterwards: Callable[[], Any]
     if subject == "ours":
@@ -227,53 +234,59 @@ def worker(subject: str, shape: str, caller: str, rounds: int, folder: Path) -> 
 
         settings = Settings(paths=PathSettings(home=folder, cache=folder / "cache"), record=RecordSettings(drain_ms=60_000))
         runtime = Runtime(settings, engine=ScriptedEngine())
-        loaded = adopt_graph(builder.compile())
+        loaded = {size: adopt_graph(builder.compile()) for size, (builder, _, _) in made.items()}
         budget = Budget(1_000, 1_000_000, 100_000, 3600.0)
 
-        async def each() -> None:
-            for _ in range(runs):
-                await runtime.arun(loaded, given, budget=budget)
-
-        def work(round_: int) -> None:
+        def work(size: int, round_: int) -> None:
+            given = made[size][1]
             if caller == "sync":
-                for _ in range(runs):
-                    runtime.run(loaded, given, budget=budget)
+                runtime.run(loaded[size], given, budget=budget)
             else:
-                asyncio.run(each())
+                loop.run_until_complete(runtime.arun(loaded[size], given, budget=budget))
 
         afterwards = runtime._tracer.flush
     else:
         callbacks = peer_callbacks(subject, folder, nothing_kept())
 
-        def work(round_: int) -> None:
-            baseline(round_, callbacks, "traced")
+        def work(size: int, round_: int) -> None:
+            baseline(size, round_, callbacks, "traced")
 
         afterwards = peer_flushed
-    plain: list[Cost] = []
-    traced: list[Cost] = []
+    plain: dict[int, list[Cost]] = {size: [] for size in made}
+    traced: dict[int, list[Cost]] = {size: [] for size in made}
     if subject == "openinference":  # it patches LangChain: the baseline is what was before
         from openinference.instrumentation.langchain import LangChainInstrumentor
 
         instrumentor: Any = LangChainInstrumentor()
         instrumentor.uninstrument()
-    for round_ in range(rounds + 1):
-        plain.append(measured(lambda round_=round_: baseline(round_, [], "plain")))
-        if subject == "openinference":
-            peer_callbacks(subject, folder, nothing_kept())
-        traced.append(measured(lambda round_=round_: work(round_), afterwards))
-        if subject == "openinference":
-            instrumentor.uninstrument()
-    scale = 1e6 / runs / steps
+    for round_ in range(rounds + 2):
+        for size in made:
+            plain[size].append(measured(lambda size=size, round_=round_: baseline(size, round_, [], "plain")))
+            if subject == "openinference":
+                peer_callbacks(subject, folder, nothing_kept())
+            traced[size].append(measured(lambda size=size, round_=round_: work(size, round_), afterwards))
+            if subject == "openinference":
+                instrumentor.uninstrument()
 
-    def middle(values: list[float]) -> float:
-        return statistics.median(values[1:]) * scale
+    def costs(of: dict[int, list[Cost]], what: str) -> tuple[float, float]:
+        """(of a superstep, of a run), from the medians of all but the first rounds."""
+        (short, long), (few, many) = (
+            [statistics.median(getattr(one, what) for one in of[size][2:]) * 1e6 for size in made],
+            [steps for _, _, steps in made.values()],
+        )
+        step = (long - short) / (many - few)
+        return step, short - step * few
 
+    plain_cpu, plain_run = costs(plain, "cpu")
+    cpu, run = costs(traced, "cpu")
     return {
-        "plain_cpu": middle([one.cpu for one in plain]),
-        "plain_wall": middle([one.wall for one in plain]),
-        "cpu": middle([one.cpu for one in traced]),
-        "wall": middle([one.wall for one in traced]),
-        "after": middle([one.after for one in traced]),
+        "plain_cpu": plain_cpu,
+        "plain_wall": costs(plain, "wall")[0],
+        "plain_run": plain_run,
+        "cpu": cpu,
+        "wall": costs(traced, "wall")[0],
+        "after": costs(traced, "after")[0],
+        "run": run,
     }
 
 
@@ -354,14 +367,14 @@ def measure(python: str, subject: str, shape: str, caller: str, rounds: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9")
+    parser.add_argument("--quick", action="store_true", help="5 rounds instead of 15")
     parser.add_argument("--peers", metavar="PYTHON", help="an interpreter with the other tracers")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--die", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    rounds = asked.rounds or (3 if asked.quick else 9)
+    rounds = asked.rounds or (5 if asked.quick else 15)
     if asked.work:
         print(json.dumps(worker(*asked.work, rounds, asked.folder)))
         return
@@ -369,8 +382,9 @@ def main() -> None:
         dying(asked.die, asked.folder)
         return
     rows = []
-    print(f"CPU us of a superstep, median of {rounds} rounds of 3 runs; wall time beside it")
-    print(f"{'':36}{'LangGraph':>10}{'traced':>9}{'+ store':>9}{'ratio':>7}{'+ store':>9}{'wall':>7}  spans lost")
+    print(f"CPU us of a superstep and of what a run has beside its supersteps, medians of {rounds} rounds; wall time as a ratio")
+    heads = f"{'LangGraph':>10}{'traced':>9}{'+ store':>9}{'ratio':>7}{'+ store':>9}{'wall':>7}{'a run':>8}{'traced':>8}"
+    print(f"{'':27}{heads}  spans lost")
     for subject in SUBJECTS if asked.peers else SUBJECTS[:1]:
         python = sys.executable if subject == "ours" else asked.peers
         gone = lost(python, subject)
@@ -382,7 +396,8 @@ def main() -> None:
                 base, cpu = found["plain_cpu"], found["cpu"]
                 both, wall = cpu + found["after"], found["wall"] / found["plain_wall"]
                 numbers = f"{base:10.0f}{cpu:9.0f}{both:9.0f}{cpu / base:7.2f}{both / base:9.2f}{wall:7.2f}"
-                print(f"{subject:14} {shape:6} {caller:14}{numbers}  {gone}", flush=True)
+                numbers += f"{found['plain_run']:8.0f}{found['run']:8.0f}"
+                print(f"{subject:13} {shape:6} {caller:6}{numbers}  {gone}", flush=True)
                 rows.append(
                     {"metric": f"{subject}_{shape}_{caller}", "ours": round(cpu / base, 3), "unit": "ratio", "lost": gone} | found
                 )
