@@ -63,6 +63,8 @@ class Postgres:
             "port": str(self.port),
             "max_connections": "200",
             "shared_buffers": "32MB",
+            # What is tested dies with processes, not with the machine.
+            "fsync": "off",
         }
         arguments = [f"-c{name}={value}" for name, value in options.items()]
         log = self.folder / "log"

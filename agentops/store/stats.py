@@ -81,7 +81,7 @@ def _measured(by: Grouping, since_ns: int | None, graph: str | None) -> Select[A
             percentile(95).label("p95"),
         )
         .group_by(*names)
-        .order_by(func.sum(ranked.c.ns).desc(), *names)
+        .order_by(func.sum(ranked.c.ns).desc().nulls_last(), *names)
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import zstandard
 from sqlalchemy import JSON, ColumnElement, Connection, Engine, Table, delete, func, select, true, update
 from sqlalchemy.dialects import postgresql, registry, sqlite
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlmodel import AutoString
 
 from agentops.settings import Settings
@@ -66,8 +67,23 @@ class StoreWriter:
             return {row.segment: row.position for row in connection.execute(select(positions))}
 
     def apply(self, events: Iterable[Event], positions: Mapping[str, int], lost: Mapping[str, int]) -> None:
-        """Stores the events and the positions after them, both or neither."""
-        rows = self._rows(events)
+        """Stores the events and the positions after them, both or neither; what the database refuses for what it is is counted
+        and passed over."""
+        given, rejected = list(events), self.rejected
+        try:
+            self._store(self._rows(given), positions, lost)
+        except DBAPIError as error:
+            if not _unfit(error):
+                raise
+            self.rejected = rejected
+            if len(given) == 1:
+                self._pass_over(error.orig or error)
+                self._store(self._rows(()), positions, lost)
+            else:
+                self.apply(given[: len(given) // 2], {}, {})
+                self.apply(given[len(given) // 2 :], positions, lost)
+
+    def _store(self, rows: dict[str, list[dict[str, Any]]], positions: Mapping[str, int], lost: Mapping[str, int]) -> None:
         with self._engine.begin() as connection:
             upsert = partial(self._upsert, connection)
             upsert("payload", rows["payload"])
@@ -133,7 +149,7 @@ class StoreWriter:
                 self._pass_over(error)
         return None
 
-    def _pass_over(self, error: Exception) -> None:
+    def _pass_over(self, error: BaseException) -> None:
         self.rejected += 1
         log.warning("a journal event makes no sense and was passed over: %s", error)
 
@@ -170,6 +186,12 @@ class StoreWriter:
                 found["case"][row["experiment_id"], row["case_id"]] = row
             case other:
                 raise ValueError(f"unknown kind {other!r}")
+
+
+def _unfit(error: DBAPIError) -> bool:
+    """Whether it is a row's own fault: a value out of bounds, or longer than an index of Postgres takes."""
+    limit = str(getattr(error.orig, "sqlstate", None)).startswith("54")
+    return limit or isinstance(error, DataError | IntegrityError)
 
 
 @cache

@@ -92,11 +92,11 @@ def counted(runs: list[Any], spans: list[Any], by: Grouping, since: int, graph: 
 @pytest.mark.parametrize("graph", [None, "rag"])
 @pytest.mark.parametrize("since", [0, 1_100])
 @pytest.mark.parametrize("by", GROUPINGS)
-def test_they_are_what_a_plain_count_gives(settings: Settings, by: Grouping, since: int, graph: str | None) -> None:
+def test_they_are_what_a_plain_count_gives(either_settings: Settings, by: Grouping, since: int, graph: str | None) -> None:
     runs, spans = seeded(200)
-    with open_writer(settings) as writer:
+    with open_writer(either_settings) as writer:
         writer.apply([*runs, *spans], {}, {})
-    with open_store(settings) as store:
+    with open_store(either_settings) as store:
         found = groups(store, by, since_ns=since or None, graph=graph)
     assert {one.key: one for one in found} == counted(runs, spans, by, since, graph)
     assert len(found) == len({one.key for one in found})
