@@ -261,8 +261,8 @@ class Store:
                 spans.c.root_id,
                 func.max(spans.c.seq).label("last"),
                 func.count().label("stored"),
-                # As JSON text, as only that is the same in every database.
-                func.count().filter(cast(spans.c.attributes["orphan"], Text) == "true").label("orphans"),
+                # By its text: SQLite gives a number, and Postgres an error for what is no truth value.
+                func.count().filter(cast(spans.c.attributes["orphan"], Text).in_(("true", "1"))).label("orphans"),
             )
             .where(mine)
             .group_by(spans.c.root_id)
