@@ -54,6 +54,9 @@ class EngineSettings:
     max_batch: int = _about("sequences decoded together", 16, low=1, high=4096)
     prefill_tokens: int = _about("prompt tokens computed in one step at most", 1024, low=16, high=1_000_000)
     queue: int = _about("requests that may wait; more are refused", 256, low=1, high=1_000_000)
+    keep_bytes: int = _about(
+        "how much of the KV cache is kept on disk when an engine closes, for the next one; 0 keeps nothing", 0, low=0, high=10**13
+    )
     input_bytes: int = _about("inputs above this size are refused unread", 4_000_000, low=1_000, high=1_000_000_000)
 
 

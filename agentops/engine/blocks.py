@@ -9,7 +9,7 @@ can ever hit. It holds no tensors, knows no sequences and is owned by one thread
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 Node = Hashable
 """A place in the prefix index: a namespace at the root, then one node a block of tokens."""
@@ -100,6 +100,20 @@ class BlockPool:
             known = self._index[key] = (block, self._nodes)
             self._keys[block] = key
         return known[1]
+
+    def prefixes(self) -> Iterator[tuple[Hashable, tuple[int, ...], int]]:
+        """Every block whose content can be found: its namespace, all tokens up to its end, and its number; ends come before what
+        they go on from, and those that were not used for longest first."""
+        place = {node: (key, block) for key, (block, node) in self._index.items()}
+        ages = {block: age for age, block in enumerate(self._cached)}
+        for key, (block, _) in sorted(self._index.items(), key=lambda item: ages.get(item[1][0], len(ages))):
+            node, parts = key[0], [key[1]]
+            while isinstance(node, int) and node in place:
+                (node, tokens), _ = place[node]
+                parts.append(tokens)
+            # Without its beginning it can be found by nobody.
+            if isinstance(node, tuple):
+                yield node[1], tuple(token for part in reversed(parts) for token in part), block
 
     def release(self, blocks: Sequence[int]) -> None:
         """Lets go of blocks. Given in the order of a prompt, its end is forgotten before its beginning."""

@@ -22,11 +22,12 @@ from agentops.clock import Clock, SystemClock
 from agentops.engine.blocks import BlockPool
 from agentops.engine.calls import Call, Draft, Event, GenerateCall, ScoreCall
 from agentops.engine.checkpoint import Checkpoint, expected_shapes, open_checkpoint
+from agentops.engine.kept import KeptPrefixes
 from agentops.engine.limits import check_request, check_score_request
 from agentops.engine.runners import Batch, Runner
 from agentops.engine.sampler import Sampler
 from agentops.engine.scheduler import Scheduler
-from agentops.engine.sequence import Chunk
+from agentops.engine.sequence import Chunk, Sequence
 from agentops.engine.tokenizer import ChatTokenizer
 from agentops.errors import EngineClosed, EngineError, EngineOverloaded, PromptTooLong, UsageError
 from agentops.records import Delta, Generation, ModelInfo, Request, ScoreRequest, Scores, Usage
@@ -57,7 +58,11 @@ def open_engine(folder: Path, settings: Settings, name: str | None = None, *, cl
     blocks = settings.engine.kv_tokens // BLOCK
     runner = TorchRunner(checkpoint, kernel=kernel, device=device, blocks=blocks, block=BLOCK, threads=settings.engine.threads)
     info = _info(checkpoint, name or folder.name, device, blocks * BLOCK)
-    return LocalEngine(runner, tokenizer, info, settings, clock=clock)
+    kept = None
+    if settings.engine.keep_bytes:
+        place = settings.paths.home / "prefixes"
+        kept = KeptPrefixes(place, settings.engine.keep_bytes, layout=runner.layout, size=BLOCK)
+    return LocalEngine(runner, tokenizer, info, settings, clock=clock, kept=kept)
 
 
 class LocalEngine:
@@ -68,9 +73,17 @@ class LocalEngine:
     """
 
     def __init__(
-        self, runner: Runner, tokenizer: ChatTokenizer, info: ModelInfo, settings: Settings, *, clock: Clock | None = None
+        self,
+        runner: Runner,
+        tokenizer: ChatTokenizer,
+        info: ModelInfo,
+        settings: Settings,
+        *,
+        clock: Clock | None = None,
+        kept: KeptPrefixes | None = None,
     ) -> None:
         self._runner, self._tokenizer, self._info = runner, tokenizer, info
+        self._kept = kept
         self._settings = settings.engine
         self._seed = settings.run.seed
         self._clock = clock or SystemClock()
@@ -266,6 +279,8 @@ class LocalEngine:
         end: EngineError = _closed()
         try:
             self._serve()
+            if self._kept is not None:
+                self._kept.keep(self._pool.prefixes(), self._runner.read_block)
         # Native libraries panic with an exception that is no Exception; whoever waits must be told of that too.
         except BaseException as error:
             end = EngineClosed(f"the engine broke down: {type(error).__name__}: {error}", hint="open it again; this is a defect")
@@ -293,11 +308,17 @@ class LocalEngine:
                 self._leaving = []
             for call in arrived:
                 self._active.add(call)
+                self._restore(call.sequence)
                 self._scheduler.add(call.sequence)
             for call in left:
                 self._end(call)
             if chunks := self._scheduler.plan():
                 self._step(chunks)
+
+    def _restore(self, sequence: Sequence) -> None:
+        if self._kept is not None:
+            limit = sequence.wanted_from // BLOCK
+            self._kept.restore(self._pool, sequence.namespace, sequence.tokens, limit, self._runner.write_block)
 
     def _step(self, chunks: list[Chunk]) -> None:
         """A step that fails, fails the requests in it and no other."""

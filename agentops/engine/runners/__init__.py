@@ -7,9 +7,9 @@ A runner knows nothing of requests, text, sampling or who shares a block with wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,19 @@ class Runner(Protocol):
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
         """Stores the rows' keys and values and returns logits (len(wanted), vocabulary)."""
+        ...
+
+    @property
+    def layout(self) -> Hashable:
+        """What the numbers in a block depend on beside the model: they are good for a runner with the same."""
+        ...
+
+    def read_block(self, block: int) -> NDArray[Any]:
+        """The keys and values in a block of the cache, (layers, 2, kv heads, positions, dim)."""
+        ...
+
+    def write_block(self, block: int, numbers: NDArray[Any]) -> None:
+        """Puts them back, to the last bit."""
         ...
 
     def close(self) -> None: ...

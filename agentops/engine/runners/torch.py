@@ -12,9 +12,9 @@ position in the same shapes. It knows nothing of requests, text or sampling.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from agentops.engine.checkpoint import Checkpoint
 from agentops.engine.decoder import TILE, Attend, Decoder, Tile, causal_tiles, dot_attention
-from agentops.engine.linear import Kernel, for_prompts, make_linear
+from agentops.engine.linear import Kernel, for_prompts, make_linear, multiplies_bfloat16
 from agentops.engine.runners import Batch
 from agentops.engine.workers import cores
 from agentops.errors import SettingsError
@@ -93,6 +93,7 @@ class TorchRunner:
         self._config = config
         self._block = block
         self._device = device
+        self._kernel = kernel
 
     @property
     def device(self) -> str:
@@ -127,6 +128,25 @@ class TorchRunner:
         )
         logits: NDArray[np.float32] = model(tokens, positions, attend, wanted).cpu().numpy()
         return logits
+
+    @property
+    def layout(self) -> Hashable:
+        """As `Runner.layout`."""
+        shape = (*self._cache.shape[:3], self._block, self._cache.shape[4])
+        return "torch", torch.__version__, self._kernel, self._device, str(self._cache.dtype), multiplies_bfloat16(), shape
+
+    def read_block(self, block: int) -> NDArray[Any]:
+        """As `Runner.read_block`."""
+        numbers: NDArray[Any] = self._cache[:, :, :, self._slots_of(block)].cpu().numpy()
+        return numbers
+
+    def write_block(self, block: int, numbers: NDArray[Any]) -> None:
+        """As `Runner.write_block`."""
+        with torch.inference_mode():
+            self._cache[:, :, :, self._slots_of(block)] = torch.from_numpy(numbers).to(self._device)
+
+    def _slots_of(self, block: int) -> slice:
+        return slice(block * self._block, (block + 1) * self._block)
 
     def close(self) -> None:
         """Gives the memory of weights and cache back."""
