@@ -97,7 +97,7 @@ async def execute(
         async with _equipped(context, trace) as equipped:
             model = {"engine": asdict(equipped.engine.info)} if equipped is not None else {}
             instead = {name: prompt.template for name, prompt in graph.prompts.instead.items()}
-            prompts = {"prompts": trace.keep(instead)} if instead else {}
+            prompts = {"prompts": trace.keep(instead, redact=False)} if instead else {}
             trace.describe(budget=asdict(meter.budget), **model, **prompts)
             await _invoke(graph, input, trace, settings, equipped, at, meter, control, reached)
     except asyncio.CancelledError as error:

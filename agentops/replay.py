@@ -154,7 +154,9 @@ class _Again:
         self._store = store
         self._row = row
         self._sittings = sittings
-        self._settings = replace(settings, paths=replace(settings.paths, home=home), record=replace(settings.record, url=""))
+        self._settings = replace(
+            settings, paths=replace(settings.paths, home=home), record=replace(settings.record, url="", redact=())
+        )
         if graph is None and row.graph.startswith("python:"):
             raise UsageError(
                 f"run {row.id} is of a graph object made in Python",
@@ -167,6 +169,11 @@ class _Again:
         else:
             loaded = graph if isinstance(graph, LoadedGraph) else adopt_graph(graph, row.graph.removeprefix("python:"))
         loaded = replace(loaded, reference=row.graph)
+        if parts := sum(span.redacted for span in store.spans(row.id)):
+            raise RecordError(
+                f"run {row.id} cannot be replayed exactly: {parts} parts of its texts were redacted before they were recorded",
+                hint="what it went on with is in its checkpoints: agentops fork",
+            )
         _refuse_own_threads(loaded.compiled, store.spans(row.id))
         # Its checkpoints and its cache are outside: those of the replay are thrown away.
         own = {"checkpointer": None, "cache": cache if loaded.compiled.cache is not None else None}

@@ -23,6 +23,7 @@ from agentops.records import Interrupt, RunResult, content_hash
 from agentops.settings import Settings
 from agentops.store import RunRow, open_store
 from agentops.tracer.payload import encode
+from agentops.tracer.redaction import load_redactor
 
 
 def check_run_id(run_id: str) -> None:
@@ -41,7 +42,7 @@ def check_same(row: RunRow, graph: LoadedGraph, thread_id: str, given: Any, sett
     Raises:
         UsageError: what is delivered under the name of a run is something else.
     """
-    asked = None if given is None else encode(given, settings.record.payload_bytes).hash
+    asked = None if given is None else encode(given, settings.record.payload_bytes, load_redactor(settings)).hash
     for what, before, now in (
         ("graph", row.graph, graph.reference),
         ("thread", row.thread_id, thread_id),
@@ -103,7 +104,7 @@ async def taken_up(graph: LoadedGraph, settings: Settings, row: RunRow, answers:
     if given:
         kept = {key: {"value": value, "hash": _hash(value)} for key, value in given.items()}
         return Command(resume=given), {"answers": kept}, at
-    began_with = await asyncio.to_thread(_input, row, settings)
+    began_with = await asyncio.to_thread(_input, row, settings, begun=at != "unborn")
     return began_with, began_with, at
 
 
@@ -128,8 +129,18 @@ def _answered(row: RunRow, asked: Sequence[Interrupt], settings: Settings) -> di
     return found
 
 
-def _input(row: RunRow, settings: Settings) -> Any:
+def _input(row: RunRow, settings: Settings, *, begun: bool) -> Any:
+    """What a run was started with, as on record.
+
+    Raises:
+        UsageError: that is redacted, and no checkpoint has what it was.
+    """
     with open_store(settings) as store:
+        if not begun and any(span.redacted for span in store.spans(row.id) if span.kind == "workflow"):
+            raise UsageError(
+                f"run {row.id} ended before its first checkpoint, and its input was redacted on record",
+                hint="start a new run with the input",
+            )
         return store.payload(row.input_hash) if row.input_hash else None
 
 

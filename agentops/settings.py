@@ -120,6 +120,11 @@ class RecordSettings:
         low=100_000,
         high=10**13,
     )
+    redact: tuple[str, ...] = _about(
+        "taken out of every text before it is recorded: key, email, iban, card, ip, phone, presidio, module:callable, patterns",
+        (),
+        united=True,
+    )
     types: tuple[str, ...] = _about("classes that checkpoints may keep beside those that a graph's state names: module.Class", ())
 
 

@@ -13,7 +13,7 @@ from dataclasses import fields
 from typing import Any, Literal
 
 import zstandard
-from sqlalchemy import Row, Select, Text, cast, func, select, tuple_, union
+from sqlalchemy import Integer, Row, Select, Text, cast, func, select, tuple_, union
 
 from agentops.errors import RecordError, RunNotFound
 from agentops.records import Interrupt, PromptVersion, RunStatus, Score, Timing, Usage
@@ -263,6 +263,7 @@ class Store:
                 func.count().label("stored"),
                 # By its text: SQLite gives a number, and Postgres an error for what is no truth value.
                 func.count().filter(cast(spans.c.attributes["orphan"], Text).in_(("true", "1"))).label("orphans"),
+                func.coalesce(func.sum(cast(cast(spans.c.attributes["unredacted"], Text), Integer)), 0).label("unredacted"),
             )
             .where(mine)
             .group_by(spans.c.root_id)
@@ -277,7 +278,8 @@ class Store:
             emitted=sum(max(row.last, int(roots.get(row.root_id, {}).get("emitted", 0))) for row in counted),
             stored=sum(row.stored for row in counted),
             truncated=int(cut[0][0]),
-            faults=sum(int(attributes.get("faults", 0)) for attributes in roots.values()),
+            faults=sum(int(attributes.get("faults", 0)) for attributes in roots.values())
+            + sum(row.unredacted for row in counted),
             orphans=sum(row.orphans for row in counted),
         )
 

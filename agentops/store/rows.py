@@ -66,6 +66,11 @@ class SpanRow:
     timing: Timing
     attributes: Mapping[str, Any]
 
+    @property
+    def redacted(self) -> int:
+        """How often a text of it is not what it was: taken out in part, or left out."""
+        return int(self.attributes.get("redacted", 0)) + int(self.attributes.get("unredacted", 0))
+
 
 @dataclass(frozen=True, slots=True)
 class ThreadRow:
@@ -134,7 +139,8 @@ class CaseRow:
 @dataclass(frozen=True, slots=True)
 class Balance:
     """Whether all that a run told is kept. `emitted` spans were opened, `stored` ones are here; `truncated` payloads were cut;
-    `faults` were counted where recording failed; `orphans` are spans whose place in the graph is not known."""
+    `faults` were counted where recording failed, texts that could not be redacted and were left out among them; `orphans` are
+    spans whose place in the graph is not known."""
 
     emitted: int
     stored: int

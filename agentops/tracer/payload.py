@@ -2,7 +2,8 @@
 
 What JSON cannot say is marked with a key that starts with `$`: `$bytes`, `$set`, `$cycle`, `$repr`, `$number`, `$send`,
 `$cut`. A value above the limit keeps its shape and loses the middle of what is long; the payload is then flagged as
-truncated. Nothing here can be turned back into objects, and nothing here reads or writes files.
+truncated. Where there are rules of redaction, every text passes them here, before it is cut. Nothing here can be turned back
+into objects, and nothing here reads or writes files.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from uuid import UUID
 
 from agentops.records import content_hash
+from agentops.tracer.redaction import LONGEST, Redactor, Sweep
 
 _DEPTH = 60
 _REPR_CHARACTERS = 2_000
@@ -28,45 +30,103 @@ _REPR_CHARACTERS = 2_000
 _INTEGER_BITS = 14_000
 _MESSAGE = {"content", "additional_kwargs", "type"}
 _TOLD = ("name", "tool_calls", "tool_call_id", "status", "usage_metadata", "additional_kwargs")
+# What of an event names things, and is found by these names again: not text of anybody's.
+_NAMES = {
+    "t",
+    "id",
+    "run_id",
+    "thread_id",
+    "root_id",
+    "parent_id",
+    "span_id",
+    "experiment_id",
+    "case_id",
+    "kind",
+    "name",
+    "status",
+}
+_NAMES |= {"segment", "graph", "node", "task", "checkpoint_ns", "source", "model", "prompt_name", "prompt_version", "dataset"}
+_NAMES |= {"dataset_hash", "hash", "input_hash", "output_hash", "pending_hash"}
+_ATTRIBUTES = {"prompts", "result", "pending", "server_tools", "checkpoint", "resumed_from", "forked_from", "forked_at"}
+_ATTRIBUTES |= {"error_type", "noted"}
 _ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool"}
 
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """JSON as UTF-8 bytes, named by its content; `truncated` when something had to be cut."""
+    """JSON as UTF-8 bytes, named by its content; `truncated` when something had to be cut. `redacted` counts the marks that stand
+    for what was taken out, `unredacted` the texts left out as a whole because that failed."""
 
     hash: str
     data: bytes
     truncated: bool
+    redacted: int = 0
+    unredacted: int = 0
 
 
-def encode(value: Any, limit_bytes: int) -> Payload:
+def encode(value: Any, limit_bytes: int, redactor: Redactor | None = None) -> Payload:
     """The value as JSON of at most `limit_bytes` (and a mark's few bytes where something was cut)."""
-    data = _whole(value, limit_bytes)
+    sweep = Sweep(redactor) if redactor is not None else None
+    data = _whole(value, limit_bytes, sweep)
     if data is not None:
-        return Payload(content_hash(data), data, truncated=False)
+        return _named(data, sweep, truncated=False)
     room = limit_bytes
     for _ in range(8):
-        data = _dump(_Plainer(room, cut=True).plain(value, 0))
+        sweep = Sweep(redactor) if redactor is not None else None
+        data = _dump(_Plainer(room, cut=True, sweep=sweep).plain(value, 0))
         if len(data) <= limit_bytes:
             break
         # Escapes and multi-byte characters make JSON longer than the characters counted; try again with less.
         room = max(64, int(room * 0.8 * limit_bytes / len(data)))
     assert data is not None
-    return Payload(content_hash(data), data, truncated=True)
+    return _named(data, sweep, truncated=True)
 
 
-def _whole(value: Any, limit_bytes: int) -> bytes | None:
+def _named(data: bytes, sweep: Sweep | None, *, truncated: bool) -> Payload:
+    counted = (sweep.marks, sweep.faults) if sweep is not None else ()
+    return Payload(content_hash(data), data, truncated, *counted)
+
+
+def _whole(value: Any, limit_bytes: int, sweep: Sweep | None) -> bytes | None:
     """The JSON of a value that fits, else `None`."""
     try:
+        if sweep is not None:
+            return _walked(value, limit_bytes, sweep)
         # The encoder in C walks what JSON knows and asks for the rest: ten times faster than a walk of our own.
         data = _dump(value)
     except (TypeError, ValueError, RecursionError, RuntimeError):
-        try:
-            data = _dump(_Plainer(limit_bytes, cut=False).plain(value, 0))
-        except _TooBigError:
-            return None
+        return _walked(value, limit_bytes, sweep)
     return data if len(data) <= limit_bytes else None
+
+
+def _walked(value: Any, limit_bytes: int, sweep: Sweep | None) -> bytes | None:
+    try:
+        data = _dump(_Plainer(limit_bytes, cut=False, sweep=sweep).plain(value, 0))
+    except _TooBigError:
+        return None
+    return data if len(data) <= limit_bytes else None
+
+
+def redacted(event: Mapping[str, Any], redactor: Redactor) -> dict[str, Any]:
+    """An event of the journal with the texts in it redacted; payloads were before they were named. The attributes of a span tell
+    `redacted`, how many marks were made, and `unredacted`, how many texts were left out, beside those of its payloads."""
+    if event["t"] in ("payload", "prompt"):
+        return dict(event)
+    sweep = Sweep(redactor)
+    walk = _Plainer(sys.maxsize, cut=False, sweep=sweep)
+    found = dict(event)
+    for name, value in event.items():
+        if name not in _NAMES and isinstance(value, str | dict | list):
+            found[name] = walk.attributes(value) if name in ("attributes", "settings") else walk.plain(value, 0)
+    if event["t"] == "span" and (sweep.marks or sweep.faults):
+        found["attributes"] = counted(found.get("attributes") or {}, sweep.marks, sweep.faults)
+    return found
+
+
+def counted(attributes: Mapping[str, Any], marks: int, faults: int) -> dict[str, Any]:
+    """A span's attributes with so many more marks and texts left out."""
+    more = {"redacted": marks, "unredacted": faults}
+    return {**attributes, **{name: attributes.get(name, 0) + count for name, count in more.items() if count}}
 
 
 def to_plain(value: Any) -> Any:
@@ -151,9 +211,10 @@ class _TooBigError(Exception):
 class _Plainer:
     """One walk over a value. Without `cut` it gives up as soon as the room is used; with it, it shortens."""
 
-    def __init__(self, room: int, *, cut: bool) -> None:
+    def __init__(self, room: int, *, cut: bool, sweep: Sweep | None = None) -> None:
         self.room = room
         self.cut = cut
+        self.sweep = sweep
         self.path: set[int] = set()
 
     def plain(self, value: Any, depth: int) -> Any:
@@ -163,6 +224,8 @@ class _Plainer:
                 return value
             case str():
                 return self.text(str(value))
+            case int() if self.sweep is not None and value.bit_length() < 64:
+                return self.sweep.number(int(value))
             case int():
                 return int(value) if value.bit_length() <= _INTEGER_BITS else {"$number": f"{value.bit_length()} bits"}
             case float():
@@ -188,8 +251,38 @@ class _Plainer:
             if self.cut and self.room <= 0:
                 found["$cut"] = f"{len(items) - index:,} of {len(items):,} entries"
                 break
-            found[self.text(key if isinstance(key, str) else repr(key))] = self.plain(item, depth + 1)
+            name = self.text(key if isinstance(key, str) else repr(key))
+            if self.sweep is None:
+                found[name] = self.plain(item, depth + 1)
+                continue
+            while name in found:
+                name += "*"
+            secret = isinstance(key, str) and isinstance(item, str)
+            found[name] = self.text(item, key) if secret else self.plain(item, depth + 1)
+        if self.sweep is not None and isinstance(found.get("tokens"), list) and found.get("text") != dict(items).get("text"):
+            # A model's tokens say what its text does.
+            found.update({name: [] for name in ("tokens", "logprobs", "top_logprobs") if name in found})
         return found
+
+    def attributes(self, value: Any) -> Any:
+        """What is noted of a run or a span: flat, with names of other things on record among it."""
+        if not isinstance(value, dict) or self.sweep is None:
+            return self.plain(value, 0)
+        found: dict[str, Any] = {name: item for name, item in value.items() if name in _ATTRIBUTES}
+        rest = {name: item for name, item in value.items() if name not in _ATTRIBUTES}
+        if isinstance(partial := rest.get("partial"), list):
+            # Pieces of a stream, which may part what is to be found.
+            rest["partial"] = ["".join(map(str, partial))]
+        if isinstance(noted := value.get("noted"), dict):
+            found["noted"] = {
+                kind: [self.text(one) if isinstance(one, str) else one for one in values] for kind, values in noted.items()
+            }
+        plain: dict[str, Any] = self.mapping(list(rest.items()), 0)
+        for place, kept in ((value, plain), (value.get("settings"), plain.get("settings"))):
+            match place, kept:
+                case {"labels": {"user": str(user)}}, {"labels": dict(labels)}:
+                    labels["user"] = self.sweep.redactor.pseudonym(user, self.sweep)
+        return {**plain, **found}
 
     def sequence(self, items: list[Any], depth: int) -> list[Any]:
         found: list[Any] = []
@@ -200,14 +293,25 @@ class _Plainer:
             found.append(self.plain(item, depth + 1))
         return found
 
-    def text(self, value: str) -> str:
+    def text(self, value: str, name: str = "") -> str:
         size = len(value)
         # Half of what is left, so that one huge string does not push out everything after it.
         if self.cut and size > (share := max(32, self.room // 2)):
             self.spend(share)
-            return f"{value[: share * 3 // 4]} …[cut: {size:,} characters in all]… {value[size - share // 4 :]}"
+            return f"{self.start(value, share * 3 // 4)} …[cut: {size:,} characters in all]… {self.end(value, share // 4)}"
         self.spend(size)
-        return value
+        return value if self.sweep is None else self.sweep.under(name, value)
+
+    def start(self, value: str, size: int) -> str:
+        if self.sweep is None:
+            return value[:size]
+        # What is parted by the end of what is looked at cannot be found; it lies in what is then left out.
+        return self.sweep.text(value[: size + LONGEST])[:-LONGEST][:size]
+
+    def end(self, value: str, size: int) -> str:
+        if self.sweep is None:
+            return value[len(value) - size :]
+        return self.sweep.text(value[max(0, len(value) - size - LONGEST) :])[LONGEST:][-size:]
 
     def spend(self, count: int) -> None:
         self.room -= count

@@ -14,14 +14,15 @@ from dataclasses import asdict
 from typing import Any
 
 from agentops.clock import Clock, Ids
-from agentops.errors import JournalFull
+from agentops.errors import JournalFull, SettingsError
 from agentops.records import ExperimentStatus, PromptVersion, RunStatus, Score
 from agentops.settings import Settings
 from agentops.tracer.drain import Drainer
 from agentops.tracer.effects import Effects
 from agentops.tracer.journal import Event, Journal
 from agentops.tracer.meter import Meter
-from agentops.tracer.payload import encode, to_plain
+from agentops.tracer.payload import counted, encode, redacted, to_plain
+from agentops.tracer.redaction import Redactor, load_redactor
 from agentops.tracer.trace import RunTrace
 
 log = logging.getLogger("agentops.tracer")
@@ -32,8 +33,18 @@ _KNOWN_CONTENTS = 20_000
 class Tracer:
     """Owns this process's journal and the thread that drains it. Make it with `open_tracer`."""
 
-    def __init__(self, settings: Settings, journal: Journal, *, clock: Clock, ids: Ids, drainer: Drainer) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        journal: Journal,
+        *,
+        clock: Clock,
+        ids: Ids,
+        drainer: Drainer,
+        redactor: Redactor | None = None,
+    ) -> None:
         self.settings = settings
+        self._redactor = redactor
         self.journal = journal
         self.clock = clock
         self.ids = ids
@@ -184,6 +195,8 @@ class Tracer:
             log.warning("an event could not be recorded as it should be; the run goes on", exc_info=True)
 
     def write(self, events: list[Event], *, last_word: bool = False) -> None:
+        if self._redactor is not None:
+            events = [redacted(event, self._redactor) for event in events]
         try:
             self.journal.append(*events, last_word=last_word)
         except JournalFull:
@@ -194,9 +207,12 @@ class Tracer:
                     self._known.pop(key, None)
             raise
 
-    def payload(self, value: Any, events: list[Event]) -> str:
-        """The hash of a value's JSON; adds an event with the content unless this process wrote it before."""
-        found = encode(value, self.settings.record.payload_bytes)
+    def payload(self, value: Any, events: list[Event], of: Event | None = None, *, redact: bool = True) -> str:
+        """The hash of a value's JSON; adds an event with the content unless this process wrote it before. What redaction has done
+        to it is told in the attributes of the span that it is `of`."""
+        found = encode(value, self.settings.record.payload_bytes, self._redactor if redact else None)
+        if of is not None and (found.redacted or found.unredacted):
+            of["attributes"] = counted(of.get("attributes") or {}, found.redacted, found.unredacted)
         if self._new(found.hash):
             ns = self.clock.now_ns()
             events.insert(0, {"t": "payload", "ns": ns, "hash": found.hash, "data": found.data, "truncated": found.truncated})
@@ -222,6 +238,12 @@ def open_tracer(settings: Settings, *, clock: Clock, ids: Ids) -> Tracer:
 
     Raises:
         JournalFull: the folder cannot be written.
+        SettingsError: a rule of `record.redact` cannot be used.
     """
     journal = Journal(settings.paths.home / "journal", limit_bytes=settings.record.journal_bytes)
-    return Tracer(settings, journal, clock=clock, ids=ids, drainer=Drainer(settings, journal))
+    try:
+        redactor = load_redactor(settings)
+    except SettingsError:
+        journal.close()
+        raise
+    return Tracer(settings, journal, clock=clock, ids=ids, drainer=Drainer(settings, journal), redactor=redactor)

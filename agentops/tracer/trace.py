@@ -267,10 +267,9 @@ class RunTrace:
             JournalFull: nothing was started.
         """
         events = [self._row]
-        if payload is not None:
-            self._row["input_hash"] = self.tracer.payload(payload, events)
         self._root = self._make("workflow", name, None)
-        self._root.row["input_hash"] = self._row.get("input_hash")
+        if payload is not None:
+            self._root.row["input_hash"] = self._row["input_hash"] = self.tracer.payload(payload, events, self._root.row)
         self._open[self._root.id] = self._root
         self._put(self._root, events)
 
@@ -291,10 +290,11 @@ class RunTrace:
     def _end(self, status: RunStatus, output: Any, error: BaseException | str | None, pending: Any) -> None:
         events: list[Event] = []
         row = {**self._row, "status": status, "ended_ns": self.now_ns(), "segment": self.tracer.journal.segment}
+        about = self._root.row if self._root else None
         if output is not None:
-            row["output_hash"] = self.tracer.payload(output, events)
+            row["output_hash"] = self.tracer.payload(output, events, about)
         if pending:
-            row["pending_hash"] = self.tracer.payload(pending, events)
+            row["pending_hash"] = self.tracer.payload(pending, events, about)
         if error is not None:
             row["error"] = _message(error)
         with self._lock:
@@ -323,7 +323,8 @@ class RunTrace:
             if "error" in event:
                 event["error"] = event["error"][:_LAST_WORD_CHARACTERS]
         for event in root:
-            event["attributes"] = {"emitted": self._emitted, "faults": self._faults}
+            kept = {name: count for name, count in event["attributes"].items() if name in ("redacted", "unredacted")}
+            event["attributes"] = {"emitted": self._emitted, "faults": self._faults, **kept}
             if had_output:
                 event["attributes"]["output_left_out"] = True
         self.tracer.write([*root, row], last_word=True)
@@ -393,14 +394,16 @@ class RunTrace:
         if self._root is not None:
             self._write([self._root.row])
 
-    def keep(self, value: Any) -> str:
-        """Puts a JSON value on record and returns its hash.
+    def keep(self, value: Any, *, of: Span | None = None, redact: bool = True) -> str:
+        """Puts a JSON value on record and returns its hash. It is part of what a span tells, else of the workflow; what is
+        nobody's text is kept as it is, without `redact`.
 
         Raises:
             JournalFull
         """
         events: list[Event] = []
-        key = self.tracer.payload(value, events)
+        about = of or self._root
+        key = self.tracer.payload(value, events, about.row if about else None, redact=redact)
         self._write(events)
         return key
 
@@ -529,7 +532,7 @@ class RunTrace:
         if tags or attributes:
             opened.set(**tags, **attributes)
         if payload is not _NOTHING and payload is not None:
-            opened.row["input_hash"] = self.tracer.payload(payload, events)
+            opened.row["input_hash"] = self.tracer.payload(payload, events, opened.row)
         with self._lock:
             self._open[opened.id] = opened
         self._put(opened, events)
@@ -616,7 +619,7 @@ class RunTrace:
     def _conclude(self, closing: Span, output: Any) -> None:
         events: list[Event] = []
         if output is not _NOTHING and output is not None:
-            closing.row["output_hash"] = self.tracer.payload(output, events)
+            closing.row["output_hash"] = self.tracer.payload(output, events, closing.row)
         self._write([*events, closing.row])
 
     def token(self, text: str, call: Span) -> None:

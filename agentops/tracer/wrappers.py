@@ -120,7 +120,7 @@ def _open(run: RunTrace, parent: str, name: str, request: Request | ScoreRequest
 
 def _keep_result(run: RunTrace, call: Span, result: Generation | Scores) -> None:
     """Everything that the engine said, tokens and their probabilities among it: what a replay answers with."""
-    call.set(device=result.device, result=run.keep(result))
+    call.set(device=result.device, result=run.keep(result, of=call))
 
 
 def _close_generation(run: RunTrace, call: Span, answer: Generation, chunks: Sequence[str]) -> None:
@@ -197,7 +197,7 @@ class TracedEmbedder:
             run.close(call, error=error)
             raise
         call.set(dimensions=int(vectors.shape[1]))
-        run.close(call, output=[run.keep(base64.b64encode(vector.tobytes()).decode()) for vector in vectors])
+        run.close(call, output=[run.keep(base64.b64encode(vector.tobytes()).decode(), redact=False) for vector in vectors])
         return vectors
 
 
