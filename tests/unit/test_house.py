@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from postgres_server import Postgres
 from typer.testing import CliRunner
 
 from agentops.cli import app, house
@@ -206,6 +207,33 @@ def test_a_sound_store_tells_its_schema(settings: Settings) -> None:
     _, store = house._store(settings)
     assert store.verdict == "ok"
     assert f"schema {HEAD}" in store.detail
+
+
+def test_a_record_in_postgres_is_told_with_its_server_and_without_its_password(
+    postgres_settings: Settings, postgres_server: Postgres
+) -> None:
+    from agentops.store import open_store
+    from agentops.store.opening import HEAD
+
+    def told() -> house.Finding:
+        _, store = house._store(postgres_settings)
+        assert postgres_server.password not in store.detail + store.mend
+        assert f"postgresql://127.0.0.1:{postgres_server.port}/test_" in store.detail
+        return store
+
+    assert told().detail.endswith("nothing is recorded yet")
+    open_store(postgres_settings).close()
+    assert told().detail.startswith("PostgreSQL 1")
+    assert f"MB, schema {HEAD}, 0 journal segments" in told().detail
+    assert not (postgres_settings.paths.home / "record.db").exists()
+    postgres_server.stop()
+    try:
+        fault = told()
+        assert fault.verdict == "broken"
+        assert "no Postgres answers" in fault.detail
+        assert fault.mend
+    finally:
+        postgres_server.start()
 
 
 @pytest.mark.parametrize(("version", "named"), [((3, 40, 1), True), ((3, 51, 2), True), ((3, 51, 3), False), ((3, 6, 9), False)])

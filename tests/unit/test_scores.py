@@ -12,13 +12,14 @@ from agentops.clock import SystemClock, UlidSource
 from agentops.errors import RecordError
 from agentops.records import Score
 from agentops.store import open_store, open_writer
-from agentops.tracer import Tracer, catch_up, open_tracer
+from agentops.tracer import Tracer, open_tracer
+from agentops.tracer.journal import home_id
 
 
 @pytest.fixture
-def tracer(settings: Settings) -> Iterator[Tracer]:
+def tracer(either_settings: Settings) -> Iterator[Tracer]:
     clock = SystemClock()
-    opened = open_tracer(settings, clock=clock, ids=UlidSource(clock))
+    opened = open_tracer(either_settings, clock=clock, ids=UlidSource(clock))
     yield opened
     opened.close()
 
@@ -35,13 +36,13 @@ def test_a_score_has_a_value_or_a_reason_and_is_never_nan() -> None:
             Score("s", value, "code", reason=reason)
 
 
-def test_what_was_scored_is_read_back(tracer: Tracer, settings: Settings) -> None:
+def test_what_was_scored_is_read_back(tracer: Tracer, either_settings: Settings) -> None:
     first = Score("faithfulness", 0.5, "model", judged="log-probability", comment="claim 2", details={"claims": [1.0, 0.0]})
     second = Score("recall", None, "code", reason="no_reference")
     key = tracer.score(first, run_id="run_1", span_id="sp_1", experiment_id="exp_1", case_id="a", author="v1")
     tracer.score(second, run_id="run_2")
     tracer.flush()
-    with open_store(settings) as store:
+    with open_store(either_settings) as store:
         (found,) = store.scores(run="run_1")
         assert (found.id, found.score, found.span_id, found.experiment_id, found.case_id) == (key, first, "sp_1", "exp_1", "a")
         assert found.author == "v1"
@@ -50,7 +51,7 @@ def test_what_was_scored_is_read_back(tracer: Tracer, settings: Settings) -> Non
         assert store.scores(thread="th_1") == []
 
 
-def test_an_experiment_keeps_what_it_began_with_and_its_cases_move_on(tracer: Tracer, settings: Settings) -> None:
+def test_an_experiment_keeps_what_it_began_with_and_its_cases_move_on(tracer: Tracer, either_settings: Settings) -> None:
     begin(tracer, "exp_1", "first")
     begin(tracer, "exp_2", "second", 2)
     for place, key in enumerate("ab"):
@@ -59,7 +60,7 @@ def test_an_experiment_keeps_what_it_began_with_and_its_cases_move_on(tracer: Tr
     about = {"dataset": "other", "dataset_hash": "b2:0", "graph": "other", "cases": 9}
     tracer.experiment(id="exp_1", name="other", status="done", started_ns=5, settings={}, **about)
     tracer.flush()
-    with open_store(settings) as store:
+    with open_store(either_settings) as store:
         done = store.experiment("exp_1")
         assert (done.name, done.status, done.cases, done.graph, done.started_ns) == ("first", "done", 2, "rag", 1)
         assert done.ended_ns
@@ -74,11 +75,10 @@ def test_an_experiment_keeps_what_it_began_with_and_its_cases_move_on(tracer: Tr
                 store.experiment(wrong)
 
 
-def test_an_experiment_whose_process_died_is_crashed(tracer: Tracer, settings: Settings) -> None:
+def test_an_experiment_whose_process_died_is_crashed(tracer: Tracer, either_settings: Settings) -> None:
     begin(tracer, "exp_1", "first")
     tracer.flush()
-    with open_writer(settings) as writer:
-        writer.bury([], home="home_1")
-    catch_up(settings)
-    with open_store(settings) as store:
+    with open_writer(either_settings) as writer:
+        writer.bury([], home=home_id(tracer.journal.folder))
+    with open_store(either_settings) as store:
         assert store.experiment("exp_1").status == "crashed"

@@ -83,7 +83,8 @@ def kill(child: Any) -> list[int]:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    return os.environ | {"AGENTOPS_PATHS_HOME": str(settings.paths.home), "AGENTOPS_RECORD_DRAIN_MS": "20"}
+    server = {"AGENTOPS_RECORD_URL": settings.record.url} if settings.record.url else {}
+    return os.environ | server | {"AGENTOPS_PATHS_HOME": str(settings.paths.home), "AGENTOPS_RECORD_DRAIN_MS": "20"}
 
 
 def record(settings: Settings) -> Store:
@@ -95,18 +96,18 @@ def segments(settings: Settings) -> list[Path]:
     return sorted(path for path in (settings.paths.home / "journal").iterdir() if path.name != "home")
 
 
-def test_a_killed_process_loses_nothing_and_its_run_shows_as_crashed(settings: Settings) -> None:
+def test_a_killed_process_loses_nothing_and_its_run_shows_as_crashed(either_settings: Settings) -> None:
     for round_, body in enumerate((_GRAPH, _LOOP, _LOOP, _LOOP)):
-        child, last = start(settings, str(round_), body), 0
+        child, last = start(either_settings, str(round_), body), 0
         for line in child.stdout:
             last = int(line)
             if last == 5:
-                with record(settings) as store:
+                with record(either_settings) as store:
                     assert store.run(f"run_{round_}").status == "running", "its process lives"
             if last >= 40 + 31 * round_:
                 break
         last = max([last, *kill(child)])
-        with record(settings) as store:
+        with record(either_settings) as store:
             assert store.run(f"run_{round_}").status == "crashed"
             spans = store.spans(f"run_{round_}")
             balance = store.balance(f"run_{round_}")
@@ -117,7 +118,7 @@ def test_a_killed_process_loses_nothing_and_its_run_shows_as_crashed(settings: S
         assert spans[0].status == "crashed"
         assert {one.status for one in spans} <= {"ok", "crashed"}
         assert sum(one.status == "crashed" for one in spans) <= 3, "the workflow, a node, and what was open in it"
-        assert segments(settings) == [], "a dead owner's segment is removed once it is drained"
+        assert segments(either_settings) == [], "a dead owner's segment is removed once it is drained"
 
 
 def test_a_crashed_run_that_is_resumed_is_no_longer_crashed(settings: Settings) -> None:
