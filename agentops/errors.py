@@ -38,6 +38,7 @@
     │   ├── StoreBroken
     │   └── JournalFull               the disk takes no more; the run stopped at a step boundary
     ├── ThreadBusy                    another process runs this thread
+    │   └── LeaseLost                 another process took the thread over, or the connection broke; the run can be resumed
     ├── RunDrained                    exit code 143: its process was told to end, it goes on when it is resumed
     └── RunCancelled                  exit code 130
 
@@ -246,6 +247,11 @@ class JournalFull(RecordError):
 
 class ThreadBusy(AgentOpsError):
     """Another run, maybe in another process, is active on this thread."""
+
+
+class LeaseLost(ThreadBusy):
+    """The right to write this thread is gone: the connection that held it broke, or another process has it. The run stopped, and
+    wrote nothing since."""
 
 
 class RunDrained(AgentOpsError):

@@ -21,12 +21,11 @@ from langgraph.runtime import RunControl
 from langgraph.types import Command, StateSnapshot
 
 from agentops import people
-from agentops.checkpoint import Told, open_checkpointer, telling
+from agentops.checkpoints import Lease, Told, open_checkpointer, telling
 from agentops.clock import Clock
 from agentops.errors import AgentOpsError, BudgetSpent, JournalFull, NodeFailed, RecordError, RunDrained
 from agentops.graph import Context, LoadedGraph
 from agentops.records import Interrupt, RunResult, RunStatus
-from agentops.settings import Settings
 from agentops.tracer import Meter, RunTrace
 from agentops.tracer.stores import TracedStore, told_of_stream, traced_cache
 
@@ -42,13 +41,13 @@ Outcome = tuple[RunResult, Exception | None]
 """How a run ended, and the error to raise where it failed."""
 
 
-async def standing(graph: LoadedGraph, settings: Settings, run_id: str, thread_id: str) -> Standing:
+async def standing(graph: LoadedGraph, held: Lease, run_id: str) -> Standing:
     """
     Raises:
         StoreBroken: the thread's checkpoints cannot be read.
     """
-    config: Any = {"configurable": {"thread_id": thread_id}}
-    async with checkpointed(graph, settings, thread_id) as compiled:
+    config: Any = {"configurable": {"thread_id": held.thread_id}}
+    async with checkpointed(graph, held) as compiled:
         state = await compiled.aget_state(config)
         if (state.metadata or {}).get("run_id") == run_id:
             # A task whose writes were saved before its step ended is not in `next` but in `tasks`: it goes on too.
@@ -63,7 +62,7 @@ async def execute(
     input: Any,
     trace: RunTrace,
     *,
-    settings: Settings,
+    held: Lease,
     clock: Clock,
     context: Context | None,
     at: Standing,
@@ -99,7 +98,7 @@ async def execute(
             instead = {name: prompt.template for name, prompt in graph.prompts.instead.items()}
             prompts = {"prompts": trace.keep(instead, redact=False)} if instead else {}
             trace.describe(budget=asdict(meter.budget), **model, **prompts)
-            await _invoke(graph, input, trace, settings, equipped, at, meter, control, reached)
+            await _invoke(graph, input, trace, held, equipped, at, meter, control, reached)
     except asyncio.CancelledError as error:
         trace.end("cancelled", error=error)
         raise
@@ -152,7 +151,7 @@ async def _invoke(
     graph: LoadedGraph,
     input: Any,
     trace: RunTrace,
-    settings: Settings,
+    held: Lease,
     context: Context | None,
     at: Standing,
     meter: Meter,
@@ -167,7 +166,7 @@ async def _invoke(
         "metadata": {**labels.metadata, **({"user": labels.user} if labels.user else {}), "run_id": trace.run_id},
         "recursion_limit": meter.budget.steps,
     }
-    async with checkpointed(graph, settings, trace.thread_id, trace.state) as plain:
+    async with checkpointed(graph, held, trace.state) as plain:
         compiled = _tapped(plain, trace)
         if at == "over":
             reached.values = (await compiled.aget_state(config)).values
@@ -233,15 +232,15 @@ def pending_in(
     return tuple(found.values())
 
 
-async def pending(graph: LoadedGraph, settings: Settings, thread_id: str, *, waiting: bool) -> tuple[Interrupt, ...]:
-    """What a thread waits for. Hold its lease. Where its run is not `waiting` but failed or died, tasks whose answers LangGraph
+async def pending(graph: LoadedGraph, held: Lease, *, waiting: bool) -> tuple[Interrupt, ...]:
+    """What a thread waits for. Where its run is not `waiting` but failed or died, tasks whose answers LangGraph
     has kept by then wait for none: given again, an answer would be taken for that to the task's next question.
 
     Raises:
         StoreBroken: the thread's checkpoints cannot be read.
     """
-    async with checkpointed(graph, settings, thread_id) as compiled:
-        config: Any = {"configurable": {"thread_id": thread_id}}
+    async with checkpointed(graph, held) as compiled:
+        config: Any = {"configurable": {"thread_id": held.thread_id}}
         state = await compiled.aget_state(config, subgraphs=True)
         return pending_in(state, answered=frozenset() if waiting else await _answered(compiled, state))
 
@@ -271,7 +270,7 @@ def _tasks(state: StateSnapshot) -> dict[str, set[str]]:
 
 
 @asynccontextmanager
-async def checkpointed(graph: LoadedGraph, settings: Settings, thread_id: str, told: Told | None = None) -> AsyncIterator[Any]:
+async def checkpointed(graph: LoadedGraph, held: Lease, told: Told | None = None) -> AsyncIterator[Any]:
     """The compiled graph with a checkpointer, its own or ours for the thread, which tells what it saves."""
     if own := graph.compiled.checkpointer:
         if told is None or own is True:
@@ -279,7 +278,7 @@ async def checkpointed(graph: LoadedGraph, settings: Settings, thread_id: str, t
         else:
             yield graph.compiled.copy({"checkpointer": telling(own, told)})
         return
-    async with open_checkpointer(settings, thread_id, graph.state_types, told) as saver:
+    async with open_checkpointer(held, graph.state_types, told) as saver:
         yield graph.compiled.copy({"checkpointer": saver})
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import CellType
 from typing import TYPE_CHECKING, Any
 
-from agentops.checkpoint import schema_types
+from agentops.checkpoints import schema_types
 from agentops.choice import Option, choose
 from agentops.clock import Clock, SystemClock, UlidSource
 from agentops.engine import Engine, generate

@@ -2,7 +2,7 @@
 
 A fork is a copy of all that the thread held when the checkpoint was written, so that a graph goes on from it as from a crash
 right after: what the step under way had not finished is done again, models are called, and what comes later never happened.
-The caller holds the leases of the threads. Nothing here runs a graph.
+Nothing here runs a graph.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from langgraph.channels.base import BaseChannel
 from langgraph.checkpoint.base import CheckpointTuple
 from langgraph.errors import EmptyChannelError, InvalidUpdateError
 
+from agentops.checkpoints import Lease
 from agentops.errors import RecordError, UsageError
 from agentops.execution import checkpointed
 from agentops.graph import LoadedGraph
-from agentops.settings import Settings
 from agentops.tracer.payload import public
 
 _UNFINISHED = ("__error__", "__interrupt__", "__resume__", "__scheduled__")
@@ -66,21 +66,20 @@ class Origin:
         }
 
 
-async def history(graph: LoadedGraph, settings: Settings, thread_id: str) -> list[Snapshot]:
+async def history(graph: LoadedGraph, held: Lease) -> list[Snapshot]:
     """All checkpoints of a thread, oldest first. Of a graph that a node calls by itself, which LangGraph does not know as a
     subgraph, `next` is not known.
 
     Raises:
         StoreBroken
     """
-    async with checkpointed(graph, settings, thread_id) as compiled:
-        return await _read(compiled, await _saved(compiled, thread_id))
+    async with checkpointed(graph, held) as compiled:
+        return await _read(compiled, await _saved(compiled, held.thread_id))
 
 
 async def origin(
     graph: LoadedGraph,
-    settings: Settings,
-    thread_id: str,
+    held: Lease,
     run_id: str,
     *,
     at: str | None = None,
@@ -92,8 +91,8 @@ async def origin(
     Raises:
         UsageError: there is no such checkpoint, or nothing comes after it.
     """
-    async with checkpointed(graph, settings, thread_id) as compiled:
-        saved = await _saved(compiled, thread_id)
+    async with checkpointed(graph, held) as compiled:
+        saved = await _saved(compiled, held.thread_id)
         snapshots = await _read(compiled, saved)
     mine = [one for one in snapshots if one.run_id == run_id]
     if at is None and step is None:
@@ -120,7 +119,7 @@ def chosen(snapshots: Sequence[Snapshot], *, at: str | None, step: int | None, w
     return found[-1]
 
 
-async def plant(origin: Origin, graph: LoadedGraph, settings: Settings, run_id: str, thread_id: str) -> None:
+async def plant(origin: Origin, graph: LoadedGraph, held: Lease, run_id: str) -> None:
     """Makes a new thread out of a copy, in which the run can go on.
 
     Raises:
@@ -128,7 +127,7 @@ async def plant(origin: Origin, graph: LoadedGraph, settings: Settings, run_id: 
     """
     here, around = origin.snapshot, _around(origin.snapshot.namespace)
     newest = {_namespace(one): _id(one) for one in origin.saved}
-    async with checkpointed(graph, settings, thread_id) as compiled:
+    async with checkpointed(graph, held) as compiled:
         changed = _changed(compiled, origin) if origin.changes else None
         for one in origin.saved:
             namespace, last = _namespace(one), newest[_namespace(one)] == _id(one)
@@ -137,7 +136,7 @@ async def plant(origin: Origin, graph: LoadedGraph, settings: Settings, run_id: 
                 checkpoint = changed
             if last and namespace in around:
                 metadata = {**metadata, "source": "fork", "run_id": run_id}
-            place: Any = {"thread_id": thread_id, "checkpoint_ns": namespace}
+            place: Any = {"thread_id": held.thread_id, "checkpoint_ns": namespace}
             if one.parent_config is not None:
                 place["checkpoint_id"] = one.parent_config["configurable"]["checkpoint_id"]
             kept = await compiled.checkpointer.aput({"configurable": place}, checkpoint, metadata, checkpoint["channel_versions"])
@@ -165,20 +164,30 @@ def _changed(compiled: Any, origin: Origin) -> Any:
     channels = public(inner.channels) if inner is not None else {}
     fields = {name: channel for name, channel in channels.items() if isinstance(channel, BaseChannel)}
     values, versions = dict(saved.checkpoint["channel_values"]), dict(saved.checkpoint["channel_versions"])
+    seen = {node: dict(of_node) for node, of_node in saved.checkpoint["versions_seen"].items()}
+
+    def set_value(name: str, value: Any) -> None:
+        # A saver may keep one value for each version; who has seen the version before has seen this one, and does not run again.
+        before = versions.get(name)
+        values[name] = value
+        versions[name] = compiled.checkpointer.get_next_version(max(versions.values(), default=None), None)
+        for of_node in seen.values():
+            if before is not None and of_node.get(name) == before:
+                of_node[name] = versions[name]
+
     for name, value in origin.changes.items():
         if name not in fields:
             raise UsageError(f"the graph has no field '{name}'", hint=f"its fields are: {', '.join(fields) or 'not known'}")
         if isinstance(values.get("__start__"), Mapping):
-            values["__start__"] = {**values["__start__"], name: value}
+            set_value("__start__", {**values["__start__"], name: value})
             continue
         channel = fields[name].copy()
         try:
             channel.update([value])
-            values[name] = channel.checkpoint()
+            set_value(name, channel.checkpoint())
         except (InvalidUpdateError, EmptyChannelError, TypeError, ValueError) as error:
             raise UsageError(f"field '{name}' cannot hold {str(value)[:80]!r}: {error}", hint="give what nodes give") from error
-        versions.setdefault(name, max(versions.values(), default=1))
-    return {**saved.checkpoint, "channel_values": values, "channel_versions": versions}
+    return {**saved.checkpoint, "channel_values": values, "channel_versions": versions, "versions_seen": seen}
 
 
 def _id(saved: CheckpointTuple) -> str:

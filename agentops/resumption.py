@@ -14,6 +14,7 @@ from typing import Any
 
 from langgraph.types import Command
 
+from agentops.checkpoints import Lease
 from agentops.errors import ThreadBusy, UsageError
 from agentops.execution import Standing, pending, standing
 from agentops.graph import LoadedGraph
@@ -86,25 +87,25 @@ def result_of(row: RunRow, settings: Settings) -> RunResult:
         return RunResult(row.id, row.thread_id, row.status, output, row.usage, took_ms, row.error, store.pending(row))
 
 
-async def taken_up(graph: LoadedGraph, settings: Settings, row: RunRow, answers: Answers) -> tuple[Any, Any, Standing]:
+async def taken_up(graph: LoadedGraph, held: Lease, row: RunRow, answers: Answers) -> tuple[Any, Any, Standing]:
     """What a resumed run is invoked with, what of that is put on record, and where it stands.
 
     Raises:
         AnswerUnfit, UsageError
     """
-    at = await standing(graph, settings, row.id, row.thread_id)
+    at = await standing(graph, held, row.id)
     if at == "passed":
         raise passed(row.id, row.thread_id)
     waiting = row.status == "waiting"
-    asked = await pending(graph, settings, row.thread_id, waiting=waiting) if at == "open" else ()
+    asked = await pending(graph, held, waiting=waiting) if at == "open" else ()
     given = answers.fitted(asked, row.id, waiting=waiting)
     if not waiting:
         # Its process died, or it failed, before what was answered was done with.
-        given = {**await asyncio.to_thread(_answered, row, asked, settings), **given}
+        given = {**await asyncio.to_thread(_answered, row, asked, held.settings), **given}
     if given:
         kept = {key: {"value": value, "hash": _hash(value)} for key, value in given.items()}
         return Command(resume=given), {"answers": kept}, at
-    began_with = await asyncio.to_thread(_input, row, settings, begun=at != "unborn")
+    began_with = await asyncio.to_thread(_input, row, held.settings, begun=at != "unborn")
     return began_with, began_with, at
 
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 from langgraph.runtime import RunControl
 
 from agentops import cancelling
-from agentops.checkpoint import check_thread_id, lease
+from agentops.checkpoints import check_thread_id, lease
 from agentops.clock import Clock, Ids
 from agentops.errors import InputTooLarge, RunCancelled, RunNotFound, UsageError
 from agentops.execution import Outcome, Standing, execute, standing
@@ -161,8 +161,8 @@ class Runs:
         loaded = as_recorded(_graph_of(row, graph), row, self._settings)
         if prompts is not None:
             loaded = replace(loaded, prompts=loaded.prompts.replaced(read_prompts(prompts)))
-        with lease(self._settings, row.thread_id):
-            begin = await origin(loaded, self._settings, row.thread_id, row.id, at=at, step=step, changes=changes)
+        async with lease(self._settings, row.thread_id) as held:
+            begin = await origin(loaded, held, row.id, at=at, step=step, changes=changes)
         details = chosen(self._settings, row.settings, {})
         check_tools(self._settings, loaded, details)
         new = self._ids.new("run"), self._ids.new("th")
@@ -176,8 +176,8 @@ class Runs:
             raise UsageError("give a run or a thread", hint="agentops history RUN, or agentops history --thread THREAD")
         row = await asyncio.to_thread(self.find, run_id) if run_id else await asyncio.to_thread(self._newest, str(thread))
         loaded = _graph_of(row, graph)
-        with lease(self._settings, row.thread_id):
-            found = await history(loaded, self._settings, row.thread_id)
+        async with lease(self._settings, row.thread_id) as held:
+            found = await history(loaded, held)
         if run_id is None:
             return f"thread {thread}", found
         return f"run {row.id}", [one for one in found if one.run_id == row.id]
@@ -222,19 +222,19 @@ class Runs:
         if collection is not None and graph.uses_context:
             await asyncio.to_thread(self._check_collection, collection)
         resumed = isinstance(input, Answers)
-        with lease(self._settings, thread_id):
+        async with lease(self._settings, thread_id) as held:
             at: Standing = "unborn"
             told, about = input, {}
             if isinstance(input, Answers):
                 # Only under the lease is it sure how the run ended.
                 row = resumable(await asyncio.to_thread(self.find, run_id))
-                input, told, at = await taken_up(graph, self._settings, row, input)  # noqa: A001
+                input, told, at = await taken_up(graph, held, row, input)  # noqa: A001
             elif isinstance(input, Origin):
-                await plant(input, graph, self._settings, run_id, thread_id)
+                await plant(input, graph, held, run_id)
                 about, told, at = input.told, {**input.told, "changes": dict(input.changes)}, "open"
             elif delivered:
                 # Another process may have begun it since the record was asked, or could not put that into the store.
-                resumed = (at := await standing(graph, self._settings, run_id, thread_id)) != "unborn"
+                resumed = (at := await standing(graph, held, run_id)) != "unborn"
                 if at == "passed":
                     raise passed(run_id, thread_id)
             context = await asyncio.to_thread(self._context, graph, details) if graph.uses_context else None
@@ -262,7 +262,7 @@ class Runs:
                     graph,
                     input,
                     trace,
-                    settings=self._settings,
+                    held=held,
                     clock=self._clock,
                     context=context,
                     at=at,

@@ -11,7 +11,7 @@ from langgraph.channels.delta import DeltaChannel
 from langgraph.checkpoint.conformance import checkpointer_test, validate
 from langgraph.graph import START, StateGraph
 
-from agentops.checkpoint import ThreadSaver, lease, open_checkpointer
+from agentops.checkpoints import ThreadSaver, lease, open_checkpointer
 from agentops.errors import RecordError, UsageError
 from agentops.settings import Settings
 
@@ -27,15 +27,14 @@ EXPECTED = {
 }
 
 
-async def test_the_specification_is_held_in_full(settings: Settings) -> None:
+async def test_the_specification_is_held_in_full(either_settings: Settings) -> None:
     places = iter(range(100))
 
-    @checkpointer_test(name="threads in files of their own")
+    @checkpointer_test(name="threads in files of their own, or in Postgres")
     async def ours() -> AsyncIterator[ThreadSaver]:
         thread = f"conformance-{next(places)}"
-        with lease(settings, thread):
-            async with open_checkpointer(settings, thread, frozenset()) as saver:
-                yield saver
+        async with lease(either_settings, thread) as held, open_checkpointer(held, frozenset()) as saver:
+            yield saver
 
     report = await validate(ours)
     assert {name: one.failures for name, one in report.results.items() if one.failures} == {}
@@ -55,12 +54,11 @@ async def thread_of_changes(settings: Settings) -> AsyncIterator[tuple[ThreadSav
     """A thread with two runs of two steps each, whose only channel is whole after every fourth change."""
     builder: Any = StateGraph(State).add_node("a", lambda state: {"said": ["a"]}).add_node("b", lambda state: {"said": ["b"]})
     builder.add_edge(START, "a").add_edge("a", "b")
-    with lease(settings, "t"):
-        async with open_checkpointer(settings, "t", frozenset()) as saver:
-            graph = builder.compile(checkpointer=saver)
-            for run in ("one", "two"):
-                await graph.ainvoke({"said": [run]}, {"configurable": {"thread_id": "t"}, "metadata": {"run_id": run}})
-            yield saver, graph
+    async with lease(settings, "t") as held, open_checkpointer(held, frozenset()) as saver:
+        graph = builder.compile(checkpointer=saver)
+        for run in ("one", "two"):
+            await graph.ainvoke({"said": [run]}, {"configurable": {"thread_id": "t"}, "metadata": {"run_id": run}})
+        yield saver, graph
 
 
 async def said(graph: Any, thread: str = "t") -> list[str]:
@@ -74,8 +72,8 @@ async def count(saver: ThreadSaver, thread: str = "t") -> int:
 WHOLE = ["one", "a", "b", "two", "a", "b"]
 
 
-async def test_a_thread_of_changes_is_pruned_to_what_it_is_read_from(settings: Settings) -> None:
-    async with thread_of_changes(settings) as (saver, graph):
+async def test_a_thread_of_changes_is_pruned_to_what_it_is_read_from(either_settings: Settings) -> None:
+    async with thread_of_changes(either_settings) as (saver, graph):
         before = await count(saver)
         await saver.aprune(["t"])
         assert 1 < await count(saver) < before
@@ -86,15 +84,15 @@ async def test_a_thread_of_changes_is_pruned_to_what_it_is_read_from(settings: S
         assert await count(saver) == 0
 
 
-async def test_a_thread_of_changes_is_copied_whole(settings: Settings) -> None:
-    async with thread_of_changes(settings) as (saver, graph):
+async def test_a_thread_of_changes_is_copied_whole(either_settings: Settings) -> None:
+    async with thread_of_changes(either_settings) as (saver, graph):
         await saver.acopy_thread("t", "u")
         await saver.adelete_thread("t")
         assert await said(graph, "u") == WHOLE
 
 
-async def test_what_later_runs_build_on_is_not_deleted(settings: Settings) -> None:
-    async with thread_of_changes(settings) as (saver, graph):
+async def test_what_later_runs_build_on_is_not_deleted(either_settings: Settings) -> None:
+    async with thread_of_changes(either_settings) as (saver, graph):
         before = await count(saver)
         with pytest.raises(RecordError, match="later runs build on"):
             await saver.adelete_for_runs(["one"])

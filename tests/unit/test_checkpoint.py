@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -25,8 +26,7 @@ from langgraph.checkpoint.serde.jsonplus import (
 )
 from langgraph.graph import START, StateGraph
 
-from agentops import checkpoint
-from agentops.checkpoint import checkpoint_folder, lease, open_checkpointer
+from agentops.checkpoints import checkpoint_folder, lease, open_checkpointer, serde
 from agentops.errors import RecordError, StoreBroken
 from agentops.settings import Settings
 
@@ -46,30 +46,28 @@ def mark(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def fresh_process() -> Iterator[None]:
-    checkpoint._try_strictness.cache_clear()
+    serde.try_strictness.cache_clear()
     yield
-    checkpoint._try_strictness.cache_clear()
+    serde.try_strictness.cache_clear()
 
 
 async def converse(settings: Settings, said: str = "hello") -> None:
     builder = StateGraph(State)
     builder.add_node("answer", lambda state: {"said": [*state["said"], "hi"]})
     builder.add_edge(START, "answer")
-    with lease(settings, "th_1"):
-        async with open_checkpointer(settings, "th_1", frozenset()) as saver:
-            await builder.compile(checkpointer=saver).ainvoke({"said": [said]}, THREAD, durability="sync")
+    async with lease(settings, "th_1") as held, open_checkpointer(held, frozenset()) as saver:
+        await builder.compile(checkpointer=saver).ainvoke({"said": [said]}, THREAD, durability="sync")
 
 
 async def loaded(settings: Settings) -> Any:
-    with lease(settings, "th_1"):
-        async with open_checkpointer(settings, "th_1", frozenset()) as saver:
-            return await saver.aget_tuple(THREAD)
+    async with lease(settings, "th_1") as held, open_checkpointer(held, frozenset()) as saver:
+        return await saver.aget_tuple(THREAD)
 
 
 async def test_a_write_under_way_is_finished_before_the_file_is_closed(settings: Settings) -> None:
     await converse(settings)
-    with lease(settings, "th_1"):
-        async with open_checkpointer(settings, "th_1", frozenset()) as saver:
+    async with lease(settings, "th_1") as held:
+        async with open_checkpointer(held, frozenset()) as saver:
             newest = await saver.aget_tuple(THREAD)
             assert newest is not None
             late = asyncio.create_task(saver.aput_writes(newest.config, [("said", ["late"])], "task"))
@@ -171,12 +169,12 @@ async def test_a_library_that_calls_what_a_checkpoint_names_is_not_used(
 
 
 async def test_the_self_test_covers_every_form_and_says_nothing(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
-    assert [code for code, _ in checkpoint._HARMLESS_CALLS] == list(range(EXT_PYDANTIC_V2 + 1))
+    assert [code for code, _ in serde._HARMLESS_CALLS] == list(range(EXT_PYDANTIC_V2 + 1))
     permissive = JsonPlusSerializer(allowed_msgpack_modules=True)
     trusted = _msgpack.SAFE_MSGPACK_METHODS | {("builtins", "str", "upper")}
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.CRITICAL):
         patch.setattr(_msgpack, "SAFE_MSGPACK_METHODS", trusted)
-        for code, call in checkpoint._HARMLESS_CALLS:
+        for code, call in serde._HARMLESS_CALLS:
             assert permissive.loads_typed(("msgpack", ext(code, *call))) != call[2], "a call must show"
     caplog.clear()
     with caplog.at_level(logging.DEBUG):
@@ -187,15 +185,12 @@ async def test_the_self_test_covers_every_form_and_says_nothing(settings: Settin
 async def test_conversations_are_their_owners_alone(settings: Settings) -> None:
     old_umask = os.umask(0o022)
     try:
-        with lease(settings, "th_1"):
-            async with open_checkpointer(settings, "th_1", frozenset()) as saver:
-                await saver.conn.execute("CREATE TABLE more (x)")
-                await saver.conn.commit()
-                files = sorted(checkpoint_folder(settings).iterdir())
-                assert [file.name for file in files] == ["th_1.db", "th_1.db-shm", "th_1.db-wal", "th_1.lock"]
-                assert {file.name: oct(file.stat().st_mode & 0o777) for file in files} == dict.fromkeys(
-                    (file.name for file in files), "0o600"
-                )
+        async with lease(settings, "th_1") as held, open_checkpointer(held, frozenset()):
+            files = sorted(checkpoint_folder(settings).iterdir())
+            assert [file.name for file in files] == ["th_1.db", "th_1.db-shm", "th_1.db-wal", "th_1.lock"]
+            assert {file.name: oct(file.stat().st_mode & 0o777) for file in files} == dict.fromkeys(
+                (file.name for file in files), "0o600"
+            )
     finally:
         os.umask(old_umask)
     assert checkpoint_folder(settings).stat().st_mode & 0o777 == 0o700
@@ -205,7 +200,9 @@ async def test_conversations_are_their_owners_alone(settings: Settings) -> None:
 
 
 async def test_a_file_that_cannot_be_made_is_told(settings: Settings) -> None:
-    with pytest.raises(RecordError, match="cannot be made") as caught:
-        async with open_checkpointer(settings, "th_1", frozenset()):
-            pass
+    async with lease(settings, "th_1") as held:
+        shutil.rmtree(checkpoint_folder(settings))
+        with pytest.raises(RecordError, match="cannot be made") as caught:
+            async with open_checkpointer(held, frozenset()):
+                pass
     assert caught.value.hint

@@ -16,7 +16,7 @@ from langgraph.types import Command, Interrupt, Send, interrupt
 from pydantic import BaseModel
 
 from agentops import Runtime, ScriptedEngine
-from agentops.checkpoint import lease, open_checkpointer
+from agentops.checkpoints import lease, open_checkpointer
 from agentops.errors import SettingsError, StateUnfit
 from agentops.settings import Settings
 
@@ -45,8 +45,8 @@ NAME = f"{__name__}.Unknown"
 
 
 @pytest.fixture
-def runtime(settings: Settings) -> Iterator[Runtime]:
-    with Runtime(settings, engine=ScriptedEngine()) as runtime:
+def runtime(either_settings: Settings) -> Iterator[Runtime]:
+    with Runtime(either_settings, engine=ScriptedEngine()) as runtime:
         yield runtime
 
 
@@ -112,20 +112,19 @@ def test_a_packet_a_question_and_an_input_are_told_as_such(runtime: Runtime) -> 
         runtime.run(one_node(lambda state: {}), {"said": Unknown()})
 
 
-async def test_what_the_schema_or_the_user_names_comes_back_as_it_was(settings: Settings) -> None:
+async def test_what_the_schema_or_the_user_names_comes_back_as_it_was(either_settings: Settings) -> None:
     config: Any = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}}
     value = [Known(Unknown(3)), {"a": Unknown()}, Interrupt(value=Known(), id="i")]
-    allowed = replace(settings, record=replace(settings.record, types=(NAME,)))
-    with lease(settings, "t"):
-        for given, kept in ((settings, False), (allowed, True)):
-            async with open_checkpointer(given, "t", frozenset({Known})) as saver:
-                if kept:
-                    assert saver.serde.loads_typed(saver.serde.dumps_typed(value)) == value
-                else:
-                    with pytest.raises(TypeError, match="Unknown"):
-                        saver.serde.dumps_typed(value)
-                    with pytest.raises(StateUnfit, match="metadata"):
-                        await saver.aput(config, {"id": "1", "channel_values": {}}, {"step": {1}}, {})  # type: ignore[typeddict-item]
+    allowed = replace(either_settings, record=replace(either_settings.record, types=(NAME,)))
+    for given, kept in ((either_settings, False), (allowed, True)):
+        async with lease(given, "t") as held, open_checkpointer(held, frozenset({Known})) as saver:
+            if kept:
+                assert saver.serde.loads_typed(saver.serde.dumps_typed(value)) == value
+            else:
+                with pytest.raises(TypeError, match="Unknown"):
+                    saver.serde.dumps_typed(value)
+                with pytest.raises(StateUnfit, match="metadata"):
+                    await saver.aput(config, {"id": "1", "channel_values": {}}, {"step": {1}}, {})  # type: ignore[typeddict-item]
 
 
 def test_a_class_that_cannot_be_found_again_is_refused(runtime: Runtime) -> None:
@@ -142,6 +141,7 @@ def test_a_class_that_cannot_be_found_again_is_refused(runtime: Runtime) -> None
 @pytest.mark.parametrize("name", ["nowhere.Thing", "fractions.Nothing", "os.system", "Thing"])
 async def test_only_classes_are_named(settings: Settings, name: str) -> None:
     broken = replace(settings, record=replace(settings.record, types=(name,)))
-    with lease(broken, "t"), pytest.raises(SettingsError, match=r"record\.types"):
-        async with open_checkpointer(broken, "t", frozenset()):
-            pass
+    async with lease(broken, "t") as held:
+        with pytest.raises(SettingsError, match=r"record\.types"):
+            async with open_checkpointer(held, frozenset()):
+                pass

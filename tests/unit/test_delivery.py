@@ -29,8 +29,8 @@ class State(TypedDict, total=False):
 
 
 @pytest.fixture
-def runtime(settings: Settings) -> Iterator[Runtime]:
-    with Runtime(settings, engine=ScriptedEngine(), embedder=HashEmbedder()) as opened:
+def runtime(either_settings: Settings) -> Iterator[Runtime]:
+    with Runtime(either_settings, engine=ScriptedEngine(), embedder=HashEmbedder()) as opened:
         yield opened
 
 
@@ -55,7 +55,7 @@ class Work:
         return {"trail": [said]}
 
 
-def test_a_run_that_is_delivered_again_when_it_is_done_tells_what_it_gave(runtime: Runtime, settings: Settings) -> None:
+def test_a_run_that_is_delivered_again_when_it_is_done_tells_what_it_gave(runtime: Runtime) -> None:
     work = Work()
     once = runtime.run(work.graph, {"trail": []}, run_id="order-17")
     assert (once.run_id, once.thread_id, once.status) == ("order-17", "th_order-17", "done")
@@ -65,7 +65,7 @@ def test_a_run_that_is_delivered_again_when_it_is_done_tells_what_it_gave(runtim
     assert isinstance(again, RunResult)
     assert (again.output, again.status, again.usage) == (once.output, once.status, once.usage)
     assert work.done == {"first": 1, "second": 1}
-    with open_store(settings) as store:
+    with open_store(runtime.settings) as store:
         assert sum(span.kind == "workflow" for span in store.spans("order-17")) == 1
     assert runtime.run(work.graph, {"trail": []}, run_id="order-1").run_id == "order-1", "a beginning of a name is another name"
 
@@ -104,7 +104,7 @@ def test_a_delivery_is_not_repeated_when_the_record_does_not_know_of_the_first(s
     assert work.done == {"first": 1, "second": 1}
 
 
-def test_of_two_deliveries_at_once_one_does_the_work(settings: Settings) -> None:
+def test_of_two_deliveries_at_once_one_does_the_work(either_settings: Settings) -> None:
     done: list[str] = []
 
     def only(state: State) -> State:
@@ -114,7 +114,7 @@ def test_of_two_deliveries_at_once_one_does_the_work(settings: Settings) -> None
 
     graph = StateGraph(State).add_node(only).add_edge(START, "only").add_edge("only", END)
     ends: list[str] = []
-    with Runtime(settings, engine=ScriptedEngine()) as one, Runtime(settings, engine=ScriptedEngine()) as other:
+    with Runtime(either_settings, engine=ScriptedEngine()) as one, Runtime(either_settings, engine=ScriptedEngine()) as other:
 
         def deliver(runtime: Runtime) -> None:
             try:

@@ -17,6 +17,7 @@ from langgraph.runtime import Runtime as Given
 from langgraph.types import Send
 
 from agentops import Context, Runtime, ScriptedEngine, Settings
+from agentops.checkpoints import lease
 from agentops.errors import NodeFailed, RecordError, ThreadBusy, UsageError
 from agentops.history import Snapshot
 from agentops.people import ask
@@ -37,8 +38,8 @@ class Trail(TypedDict, total=False):
 
 
 @pytest.fixture
-def runtime(settings: Settings) -> Iterator[Runtime]:
-    with Runtime(settings, engine=ScriptedEngine(), embedder=HashEmbedder()) as opened:
+def runtime(either_settings: Settings) -> Iterator[Runtime]:
+    with Runtime(either_settings, engine=ScriptedEngine(), embedder=HashEmbedder()) as opened:
         yield opened
 
 
@@ -106,7 +107,7 @@ def test_the_history_of_a_run_names_what_made_each_checkpoint_and_what_comes_nex
         runtime.history(thread="nobodys", graph=deep.graph)
 
 
-def test_a_fork_goes_on_from_a_step_with_other_values_and_leaves_the_run_as_it_was(runtime: Runtime, settings: Settings) -> None:
+def test_a_fork_goes_on_from_a_step_with_other_values_and_leaves_the_run_as_it_was(runtime: Runtime) -> None:
     deep = Deep()
     run = runtime.run(deep.graph, {"topic": "tea"})
     before = runtime.history(run.run_id, graph=deep.graph)
@@ -117,16 +118,16 @@ def test_a_fork_goes_on_from_a_step_with_other_values_and_leaves_the_run_as_it_w
     assert forked.run_id != run.run_id
     assert forked.thread_id != run.thread_id
     assert runtime.history(run.run_id, graph=deep.graph) == before
-    told = root(settings, forked.run_id).attributes
+    told = root(runtime.settings, forked.run_id).attributes
     assert (told["forked_from"], told["forked_at"], told["forked_step"]) == (run.run_id, before[2].id, 1)
     again = runtime.fork(forked.run_id, graph=deep.graph)
     assert again.output == forked.output
     assert deep.done[3:] == ["end"], "without a place it begins at the last that has something after it"
     with pytest.raises(UsageError, match="is a fork"):
-        list(replay(settings, run=forked.run_id, graph=deep.graph))
+        list(replay(runtime.settings, run=forked.run_id, graph=deep.graph))
 
 
-def test_a_fork_begins_inside_a_subgraph(runtime: Runtime, settings: Settings) -> None:
+def test_a_fork_begins_inside_a_subgraph(runtime: Runtime) -> None:
     deep = Deep()
     run = runtime.run(deep.graph, {"topic": "tea"})
     (inside,) = (one for one in runtime.history(run.run_id, graph=deep.graph) if (one.graph, one.step) == ("work", 1))
@@ -134,7 +135,7 @@ def test_a_fork_begins_inside_a_subgraph(runtime: Runtime, settings: Settings) -
     forked = runtime.fork(run.run_id, at=inside.id, changes={"topic": "cups"}, graph=deep.graph)
     assert deep.done == ["check", "end"]
     assert forked.output["trail"][-2:] == ["check cups", "end cups"]
-    assert root(settings, forked.run_id).attributes["forked_in"] == "work"
+    assert root(runtime.settings, forked.run_id).attributes["forked_in"] == "work"
     places = [(one.graph, one.step, one.run_id) for one in runtime.history(thread=forked.thread_id, graph=deep.graph)]
     assert ("", 1, forked.run_id) in places
     assert ("work", 1, forked.run_id) in places
@@ -236,16 +237,14 @@ def test_a_fork_that_ended_early_goes_on_with_what_it_began_with(runtime: Runtim
         runtime.fork(run.run_id, changes={"nothing": 1}, graph=graph)
 
 
-def test_a_thread_in_use_cannot_be_forked_or_read(runtime: Runtime, settings: Settings) -> None:
-    from agentops.checkpoint import lease
-
+async def test_a_thread_in_use_cannot_be_forked_or_read(runtime: Runtime) -> None:
     deep = Deep()
-    run = runtime.run(deep.graph, {"topic": "tea"})
-    with lease(settings, run.thread_id):
+    run = await runtime.arun(deep.graph, {"topic": "tea"})
+    async with lease(runtime.settings, run.thread_id):
         with pytest.raises(ThreadBusy):
-            runtime.fork(run.run_id, graph=deep.graph)
+            await runtime.afork(run.run_id, graph=deep.graph)
         with pytest.raises(ThreadBusy):
-            runtime.history(run.run_id, graph=deep.graph)
+            await runtime.ahistory(run.run_id, graph=deep.graph)
 
 
 CHAIN = """

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import pytest
 
-from agentops.checkpoint import schema_types
+from agentops.checkpoints import schema_types
 from agentops.errors import GraphBroken, GraphNotFound, UsageError
 from agentops.graph import adopt_graph, load_graph
 

@@ -21,7 +21,7 @@ import pytest
 from mortal import WIDTH
 
 from agentops import Settings
-from agentops.checkpoint import open_checkpointer
+from agentops.checkpoints import lease, open_checkpointer
 from agentops.settings import load_settings
 from agentops.store import open_store
 from agentops.tracer import catch_up
@@ -137,7 +137,7 @@ def kept(settings: Settings, thread: str) -> tuple[set[int], int]:
     """Which supersteps of the graph itself are saved of a thread, and of how many tasks of the newest one the results are."""
 
     async def read() -> tuple[set[int], int]:
-        async with open_checkpointer(settings, thread, frozenset()) as saver:
+        async with lease(settings, thread) as held, open_checkpointer(held, frozenset()) as saver:
             found = [one async for one in saver.alist({"configurable": {"thread_id": thread, "checkpoint_ns": ""}})]
         results = {task for task, channel, _ in (found[0].pending_writes or () if found else ()) if not channel.startswith("__")}
         return {int(one.metadata["step"]) for one in found}, len(results)

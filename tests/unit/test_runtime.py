@@ -213,19 +213,23 @@ def test_a_thread_is_used_by_one_run_at_a_time(settings: Settings) -> None:
         assert other.run(chain(one), {"trail": []}, thread="t").output == {"trail": ["held", "one"]}
 
 
-def _hold_lease(home: str, ready: Any) -> None:
-    from agentops.checkpoint import lease
+def _hold_lease(home: str, url: str, ready: Any) -> None:
+    from agentops.checkpoints import lease
     from agentops.settings import load_settings
 
-    with lease(load_settings({"paths.home": home}), "shared"):
-        ready.set()
-        time.sleep(60)
+    async def hold() -> None:
+        async with lease(load_settings({"paths.home": home, **({"record.url": url} if url else {})}), "shared"):
+            ready.set()
+            await asyncio.sleep(60)
+
+    asyncio.run(hold())
 
 
-def test_the_lease_of_a_dead_process_is_free(settings: Settings) -> None:
+def test_the_lease_of_a_dead_process_is_free(either_settings: Settings) -> None:
+    settings = either_settings
     spawn = multiprocessing.get_context("spawn")
     ready = spawn.Event()
-    holder = spawn.Process(target=_hold_lease, args=(str(settings.paths.home), ready))
+    holder = spawn.Process(target=_hold_lease, args=(str(settings.paths.home), settings.record.url, ready))
     holder.start()
     assert ready.wait(30)
     with Runtime(settings) as runtime:
