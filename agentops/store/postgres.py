@@ -8,6 +8,7 @@ waits for it, so that rows are numbered in the order in which they can be seen; 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,7 +100,9 @@ class PostgresDatabase(Database):
         return f"PostgreSQL {row[0].split()[0]} at {self.where}, {row[1] / 1e6:.1f} MB"
 
     def _connect(self, timeout_s: float) -> psycopg.Connection[Any]:
-        connection = psycopg.connect(**self._arguments, autocommit=True)
+        # The driver takes no less than two seconds for a connection.
+        patience = min(int(self._arguments["connect_timeout"]), max(2, math.ceil(timeout_s)))
+        connection = psycopg.connect(**{**self._arguments, "connect_timeout": patience}, autocommit=True)
         try:
             encoding = connection.info.parameter_status("server_encoding")
             if encoding != "UTF8":

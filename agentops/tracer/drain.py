@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agentops.errors import RecordError, StoreBroken, StoreLocked, StoreTooNew
+from agentops.errors import RecordError, StoreBroken, StoreLocked, StoreTooNew, StoreUnavailable
 from agentops.settings import Settings
 from agentops.tracer.journal import SUFFIX, Event, Journal, claim, home_id, read
 
@@ -28,6 +28,7 @@ log = logging.getLogger("agentops.tracer")
 _BATCH_EVENTS = 1_000
 _BATCH_BYTES = 8_000_000
 _CLOSING_WAIT_S = 1.0
+_STALLED_S = 5.0
 _READING_WAIT_S = 0.3
 _FAILURES_TO_TELL = 5
 
@@ -144,7 +145,9 @@ class Drainer:
         """Drains once; False when the store did not take it. The backlog stays in the journal."""
         from agentops.store import open_writer
 
-        with self._turn:
+        if not self._turn.acquire(timeout=timeout_s):
+            return False
+        try:
             size = self._journal.size
             try:
                 with open_writer(self._settings, timeout_s=timeout_s) as writer:
@@ -162,12 +165,14 @@ class Drainer:
             self._drained_size = size
             self._behind = 0
             return True
+        finally:
+            self._turn.release()
 
     def close(self) -> None:
-        """Ends the thread; a drain under way is finished first."""
+        """Ends the thread; a drain under way is finished first, unless its server stalls."""
         self._stop.set()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_STALLED_S)
 
     def finish(self) -> None:
         """The last drain, after the journal was closed. Does not wait long: the next process takes over what is left."""
@@ -182,7 +187,7 @@ def catch_up(settings: Settings, *, wait: bool = False) -> None:
     run, after `record.lock_timeout_s`, and says so.
 
     Raises:
-        StoreTooNew, StoreBroken; with `wait`, StoreLocked.
+        StoreTooNew, StoreBroken; with `wait`, StoreLocked and StoreUnavailable.
     """
     from agentops.store import open_writer
 
@@ -196,6 +201,6 @@ def catch_up(settings: Settings, *, wait: bool = False) -> None:
     except (StoreTooNew, StoreBroken):
         raise
     except (RecordError, OSError) as error:
-        if wait and isinstance(error, StoreLocked):
+        if wait and isinstance(error, StoreLocked | StoreUnavailable):
             raise
         log.info("the record may be behind: %s", error)

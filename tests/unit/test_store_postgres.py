@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count, takewhile
 from pathlib import Path
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 from postgres_server import Postgres
 
 from agentops.clock import SystemClock, UlidSource
-from agentops.errors import RecordError, StoreBroken, StoreUnavailable
+from agentops.errors import RecordError, StoreBroken, StoreLocked, StoreUnavailable
 from agentops.records import Usage
 from agentops.settings import PathSettings, Settings
 from agentops.store import open_store, open_writer
@@ -265,7 +266,7 @@ def test_processes_that_start_at_once_make_one_schema(postgres_settings: Setting
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(3)
+        for number in range(2)
     ]
     for child in children:
         assert child.stdout
@@ -369,6 +370,42 @@ def test_a_server_that_is_stopped_and_killed_in_the_middle_of_runs_loses_and_dou
             assert store.balance(f"run_{number}").balanced
             assert store.payload(spans[-1].output_hash or "") == {"number": 1 - len(done[number])}
     assert list((busy.paths.home / "journal").glob("*.seg")) == []
+
+
+def test_a_server_that_stalls_holds_up_no_run_and_no_end(postgres_server: Postgres, postgres_settings: Settings) -> None:
+    busy = replace(postgres_settings, record=replace(postgres_settings.record, drain_ms=10, lock_timeout_s=1.0))
+    open_store(busy).close()
+    tracer = open_tracer(busy, clock=SystemClock(), ids=UlidSource())
+    assert postgres_server.process
+    postmaster = postgres_server.process.pid
+    enough = threading.Event()
+    done: Counter[str] = Counter()
+    wanted = takewhile(lambda _: not enough.is_set(), count())
+    run = threading.Thread(target=steps, args=(tracer, "run_1", wanted, done))
+    run.start()
+    while not any(tracer.journal.segment in row for row in query(busy, "SELECT segment FROM journal_position")):
+        time.sleep(0.01)
+    stalled = [postmaster, *map(int, Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split())]
+    for pid in stalled:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        before = sum(done.values())
+        while sum(done.values()) < before + 20:
+            time.sleep(0.01)
+        enough.set()
+        run.join()
+        tracer.close()
+        assert list((busy.paths.home / "journal").glob("*.seg"))
+        with pytest.raises((StoreUnavailable, StoreLocked)):
+            catch_up(busy, wait=True)
+    finally:
+        for pid in reversed(stalled):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    catch_up(busy, wait=True)
+    with open_store(busy) as store:
+        assert store.run("run_1").status == "done"
+        assert Counter(span.name for span in store.spans("run_1") if span.kind == "node") == done
 
 
 def test_of_two_homes_on_one_database_neither_finds_the_others_runs_dead(postgres_settings: Settings, tmp_path: Path) -> None:
