@@ -22,6 +22,7 @@ from agentops.cli import (
     history,
     house,
     init,
+    metrics,
     models,
     record,
     replay,
@@ -39,7 +40,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (run, history, graph, init, record, stats, replay, evaluate, dataset, documents, models, house, terminal, demo):
+for part in (
+    run,
+    history,
+    graph,
+    init,
+    record,
+    stats,
+    metrics,
+    replay,
+    evaluate,
+    dataset,
+    documents,
+    models,
+    house,
+    terminal,
+    demo,
+):
     part.register(app)
 
 

@@ -13,7 +13,7 @@ from dataclasses import fields
 from typing import Any, Literal
 
 import zstandard
-from sqlalchemy import Integer, Row, Select, Text, cast, func, select, tuple_, union
+from sqlalchemy import ColumnElement, FromClause, Integer, Row, Select, Text, cast, func, select, tuple_, union
 
 from agentops.errors import RecordError, RunNotFound
 from agentops.records import Interrupt, PromptVersion, RunStatus, Score, Timing, Usage
@@ -263,7 +263,7 @@ class Store:
                 func.count().label("stored"),
                 # By its text: SQLite gives a number, and Postgres an error for what is no truth value.
                 func.count().filter(cast(spans.c.attributes["orphan"], Text).in_(("true", "1"))).label("orphans"),
-                func.coalesce(func.sum(cast(cast(spans.c.attributes["unredacted"], Text), Integer)), 0).label("unredacted"),
+                func.coalesce(func.sum(unredacted(spans)), 0).label("unredacted"),
             )
             .where(mine)
             .group_by(spans.c.root_id)
@@ -282,6 +282,11 @@ class Store:
             + sum(row.unredacted for row in counted),
             orphans=sum(row.orphans for row in counted),
         )
+
+
+def unredacted(spans: FromClause) -> ColumnElement[int]:
+    """How many texts of a span were left out because they could not be redacted; null where none was."""
+    return cast(cast(spans.c.attributes["unredacted"], Text), Integer)
 
 
 def _run_row(row: Row[Any]) -> RunRow:
