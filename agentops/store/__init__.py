@@ -19,6 +19,7 @@ from agentops.errors import RecordError, RunNotFound
 from agentops.records import Interrupt, PromptVersion, RunStatus, Score, Timing, Usage
 from agentops.settings import Settings
 from agentops.store.opening import open_database
+from agentops.store.removing import Removed
 from agentops.store.rows import Balance, CaseRow, CheckpointRow, ExperimentRow, RunRow, ScoreRow, SpanRow, ThreadRow
 from agentops.store.tables import table
 from agentops.store.writing import StoreWriter, open_writer
@@ -28,6 +29,7 @@ __all__ = [
     "CaseRow",
     "CheckpointRow",
     "ExperimentRow",
+    "Removed",
     "RunRow",
     "ScoreRow",
     "SpanRow",

@@ -21,6 +21,7 @@ from sqlmodel import AutoString
 
 from agentops.settings import Settings
 from agentops.store.opening import Database, json_text, open_database
+from agentops.store.removing import Removed, remove, shrink
 from agentops.store.tables import table
 
 log = logging.getLogger("agentops.store")
@@ -118,6 +119,19 @@ class StoreWriter:
         segments = table("journal_position").c.segment
         with self._engine.begin() as connection:
             connection.execute(delete(segments.table).where(segments.not_in(existing), self._of(home, segments)))
+
+    def remove(self, run_ids: Iterable[str], *, keep_results: bool = False) -> Removed:
+        """Removes runs with all that belongs to them alone, at once or not at all. Drain the journal before, in the same turn.
+
+        A process that lives names a content for some minutes without giving it again: see `Tracer.payload`. Where one that said
+        what is removed still runs, what it says anew in that time may not be found in the record.
+        """
+        with self._engine.begin() as connection:
+            return remove(connection, run_ids, keep_results=keep_results)
+
+    def shrink(self, *, whole: bool = False) -> None:
+        """Gives the room of what was removed back, see `removing.shrink`; for a big record it takes a while."""
+        shrink(self._engine, whole=whole)
 
     def _of(self, home: str, segment: ColumnElement[str]) -> ColumnElement[bool]:
         # In a home's own file everything is its own, also what was written before segments were named after their home.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -28,6 +29,8 @@ from agentops.tracer.trace import RunTrace
 log = logging.getLogger("agentops.tracer")
 
 _KNOWN_CONTENTS = 20_000
+TRUSTED_S = 600.0
+"""What this process wrote so long ago it writes again when it is named: it may have been removed from the record since."""
 
 
 class Tracer:
@@ -51,7 +54,7 @@ class Tracer:
         self.drainer = drainer
         self.faults = 0
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, None] = OrderedDict()
+        self._known: OrderedDict[str, float] = OrderedDict()
 
     def start_run(
         self,
@@ -208,8 +211,8 @@ class Tracer:
             raise
 
     def payload(self, value: Any, events: list[Event], of: Event | None = None, *, redact: bool = True) -> str:
-        """The hash of a value's JSON; adds an event with the content unless this process wrote it before. What redaction has done
-        to it is told in the attributes of the span that it is `of`."""
+        """The hash of a value's JSON; adds an event with the content unless this process wrote it a short time ago. What
+        redaction has done to it is told in the attributes of the span that it is `of`."""
         found = encode(value, self.settings.record.payload_bytes, self._redactor if redact else None)
         if of is not None and (found.redacted or found.unredacted):
             of["attributes"] = counted(of.get("attributes") or {}, found.redacted, found.unredacted)
@@ -223,11 +226,12 @@ class Tracer:
             events.insert(0, {"t": "prompt", "ns": self.clock.now_ns(), **asdict(prompt)})
 
     def _new(self, key: str) -> bool:
+        now = time.monotonic()
         with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
+            if now < self._known.get(key, 0.0):
                 return False
-            self._known[key] = None
+            self._known[key] = now + TRUSTED_S
+            self._known.move_to_end(key)
             if len(self._known) > _KNOWN_CONTENTS:
                 self._known.popitem(last=False)
             return True
