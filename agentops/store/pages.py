@@ -146,6 +146,10 @@ class Pages(Store):
         if self._database.identity() != self._place:
             raise RecordError(f"the record at {self._database.where} was replaced by another", hint="it is opened anew")
         with self._database.translated():
+            if self._watch is not None and self._watch.invalidated:
+                # The server went away since.
+                self._watch.close()
+                self._watch = None
             if self._watch is None:
                 self._watch = self._engine.connect()
             now = self._database.changes(self._watch)

@@ -372,6 +372,22 @@ def test_a_server_that_is_stopped_and_killed_in_the_middle_of_runs_loses_and_dou
     assert list((busy.paths.home / "journal").glob("*.seg")) == []
 
 
+def test_a_reader_goes_on_when_the_server_is_back(postgres_server: Postgres, postgres_settings: Settings) -> None:
+    apply(postgres_settings, run_event("run_1"))
+    with open_pages(postgres_settings) as pages:
+        before = pages.change()
+        for end in (postgres_server.stop, postgres_server.kill):
+            end()
+            try:
+                for ask in (pages.change, pages.change, pages.runs, pages.statuses):
+                    with pytest.raises(StoreUnavailable):
+                        ask()
+            finally:
+                postgres_server.start()
+            assert pages.change() == before
+            assert pages.statuses() == {"done": 1}
+
+
 def test_a_server_that_stalls_holds_up_no_run_and_no_end(postgres_server: Postgres, postgres_settings: Settings) -> None:
     busy = replace(postgres_settings, record=replace(postgres_settings.record, drain_ms=10, lock_timeout_s=1.0))
     open_store(busy).close()
