@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from mortal import WIDTH
+from postgres_server import Postgres
 
 from agentops import Settings
 from agentops.checkpoints import lease, open_checkpointer
@@ -124,8 +125,24 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="module")
+def settings_of_postgres(postgres_server: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    home = tmp_path_factory.mktemp("mortal-postgres") / "home"
+    return load_settings({"paths.home": home, "record.url": postgres_server.database()})
+
+
+@pytest.fixture(scope="module")
 def mortals(settings: Settings) -> Iterator[Mortals]:
-    opened = Mortals(os.environ | {"AGENTOPS_PATHS_HOME": str(settings.paths.home)})
+    yield from _mortals({"AGENTOPS_PATHS_HOME": str(settings.paths.home)})
+
+
+@pytest.fixture(scope="module")
+def mortals_of_postgres(settings_of_postgres: Settings) -> Iterator[Mortals]:
+    told = {"AGENTOPS_PATHS_HOME": str(settings_of_postgres.paths.home), "AGENTOPS_RECORD_URL": settings_of_postgres.record.url}
+    yield from _mortals(told)
+
+
+def _mortals(environment: dict[str, str]) -> Iterator[Mortals]:
+    opened = Mortals(os.environ | environment)
     yield opened
     opened.close()
     for pipe in (opened._parent.stdin, opened._parent.stdout, opened._parent.stderr):
@@ -205,6 +222,19 @@ def test_a_killed_run_keeps_what_was_seen_and_ends_as_it_would_have(mortals: Mor
 @pytest.mark.long
 def test_a_hundred_killed_runs_keep_what_was_seen_and_end_as_they_would_have(mortals: Mortals, settings: Settings) -> None:
     rounds(mortals, settings, 100, seed=100)
+
+
+def test_with_postgres_a_killed_run_keeps_what_was_seen_and_ends_as_it_would_have(
+    mortals_of_postgres: Mortals, settings_of_postgres: Settings
+) -> None:
+    rounds(mortals_of_postgres, settings_of_postgres, 5, seed=5)
+
+
+@pytest.mark.long
+def test_with_postgres_fifty_killed_runs_keep_what_was_seen_and_end_as_they_would_have(
+    mortals_of_postgres: Mortals, settings_of_postgres: Settings
+) -> None:
+    rounds(mortals_of_postgres, settings_of_postgres, 50, seed=50)
 
 
 def test_without_synchronous_checkpoints_what_was_seen_is_gone(mortals: Mortals, settings: Settings) -> None:

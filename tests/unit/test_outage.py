@@ -1,0 +1,95 @@
+"""A Postgres that goes away in the middle of a run: the run stops at its step, and goes on from there, in another home too."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import pytest
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import Runtime as Given
+from langgraph.types import interrupt
+from postgres_server import Postgres
+
+from agentops import Context, Runtime, ScriptedEngine, Settings
+from agentops.errors import LeaseLost, StoreUnavailable
+from agentops.retrieval.embed import HashEmbedder
+
+
+class State(TypedDict, total=False):
+    trail: Annotated[list[str], operator.add]
+
+
+class Paid:
+    """A graph `first -> inner (pay -> check) -> last` that counts what it does, and what happens while it pays."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        self.meanwhile = meanwhile
+        self.done: list[str] = []
+        self.effects: dict[str, int] = {}
+        inner = StateGraph(State, context_schema=Context).add_node("pay", self._pay).add_node("check", self._step("check"))
+        inner.add_edge(START, "pay").add_edge("pay", "check").add_edge("check", END)
+        self.graph = StateGraph(State, context_schema=Context).add_node("first", self._step("first"))
+        self.graph.add_node("inner", inner.compile()).add_node("last", self._step("last"))
+        self.graph.add_edge(START, "first").add_edge("first", "inner").add_edge("inner", "last").add_edge("last", END)
+
+    def _pay(self, state: State, runtime: Given[Context]) -> State:
+        self.done.append("pay")
+        self.effects.setdefault(runtime.context.idempotency_key("pay"), len(self.done))
+        self.meanwhile()
+        return {"trail": ["pay"]}
+
+    def _step(self, name: str) -> Any:
+        def node(state: State) -> State:
+            self.done.append(name)
+            return {"trail": [name]}
+
+        return node
+
+
+def opened(settings: Settings) -> Runtime:
+    return Runtime(settings, engine=ScriptedEngine(), embedder=HashEmbedder())
+
+
+def elsewhere(settings: Settings, folder: Path) -> Settings:
+    return replace(settings, paths=replace(settings.paths, home=folder / "elsewhere"))
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_run_stops_at_its_step_and_goes_on_in_another_home(
+    postgres_settings: Settings, postgres_server: Postgres, tmp_path: Path, crash: bool
+) -> None:
+    paid = Paid(postgres_server.kill if crash else postgres_server.stop)
+    with opened(postgres_settings) as runtime:
+        try:
+            with pytest.raises(LeaseLost, match=r"the connection to the Postgres at .* broke") as caught:
+                runtime.run(paid.graph, {"trail": []}, run_id="r")
+            with pytest.raises(StoreUnavailable):
+                runtime.run(paid.graph, {"trail": []}, run_id="other")
+        finally:
+            postgres_server.start()
+    assert "agentops resume" in caught.value.hint
+    assert paid.done == ["first", "pay"]
+    paid.meanwhile = lambda: None
+    with opened(elsewhere(postgres_settings, tmp_path)) as runtime:
+        result = runtime.resume("r", graph=paid.graph)
+        again = runtime.run(paid.graph, {"trail": []}, run_id="r")
+        steps = [one.step for one in runtime.history("r", graph=paid.graph) if not one.graph]
+    assert (result.status, again.output["trail"]) == ("done", result.output["trail"])
+    assert paid.done == ["first", "pay", "pay", "check", "last"]
+    assert len(paid.effects) == 1, "the key is the same whenever the task runs again"
+    assert steps == [-1, 0, 1, 2, 3]
+
+
+def test_a_question_is_answered_in_another_home(postgres_settings: Settings, tmp_path: Path) -> None:
+    builder = StateGraph(State).add_node("ask", lambda state: {"trail": [interrupt("how many?")]})
+    graph = builder.add_edge(START, "ask").add_edge("ask", END)
+    with opened(postgres_settings) as runtime:
+        waiting = runtime.run(graph, {"trail": []})
+    with opened(elsewhere(postgres_settings, tmp_path)) as runtime:
+        assert runtime.resume(waiting.run_id, answer="two", graph=graph).output == {"trail": ["two"]}
+        forked = runtime.fork(waiting.run_id, step=0, graph=graph)
+        assert (forked.status, len(forked.interrupts)) == ("waiting", 1)
