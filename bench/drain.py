@@ -4,7 +4,8 @@ A span is two events, its beginning and its end, as a run writes them. "bare" sp
 "usual" ones each second has an input and an output, a fifth of them known already, of 200 bytes to 4 KB of text; "heavy" ones
 have both, 10 KB each. The peers store the same rows without a journal: Core's `executemany` of rows that are ready (what no
 journal can be faster than), and the ORM's `Session.add_all`. Seconds are of the wall clock, by a process that is bound to one
-core; beside them stands the rate by the processor time used, which other programs on the machine disturb less.
+core; beside them stands the rate by the processor time used, which other programs on the machine disturb less. Where Postgres is
+installed the same is drained into one on this machine; the server's own processor time is in the first rate only.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ import json
 import os
 import platform
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from postgres_server import Postgres, ServerError, cluster
 from sqlalchemy import create_engine, event, insert
 from sqlmodel import Session, SQLModel
 
@@ -143,26 +148,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="a fifth of the spans")
     quick = parser.parse_args().quick
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(cluster())
+        except ServerError as why:
+            server = None
+            print(f"not measured: Postgres ({why})")
+        measure(quick, server)
+
+
+def prepared(place: str, kind: str, count: int, url: str = "") -> Settings:
+    settings = load_settings({"paths.home": Path(place) / ("postgres" if url else "files")})
+    settings = replace(settings, record=replace(settings.record, url=url, journal_bytes=2**40, drain_ms=3_600_000))
+    with open_writer(settings):
+        """The tables are made before."""
+    record(settings, kind, count)
+    return settings
+
+
+def measure(quick: bool, server: Postgres | None) -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     lines: list[dict[str, Any]] = []
     print(f"{'':8}{'':24}{'spans':>8}{'spans/s':>10}{'by CPU time':>13}")
     for kind, count in COUNTS.items():
         with tempfile.TemporaryDirectory() as place:
-            settings = load_settings({"paths.home": Path(place)})
-            settings = replace(settings, record=replace(settings.record, journal_bytes=2**40, drain_ms=3_600_000))
-            with open_writer(settings):
-                """The tables are made before."""
-            record(settings, kind, count // (5 if quick else 1))
-            spans = count // (5 if quick else 1) // 101 * 101
+            count = count // (5 if quick else 1)
+            settings, spans = prepared(place, kind, count), count // 101 * 101
             ways = {"journal to store": drained(settings, spans)}
             rows = rows_of(settings)
             assert len(rows["span"]) == spans
             ways["Core, rows ready"] = stored(rows, spans, core)
             ways["ORM"] = stored(rows, spans, orm)
+            if server is not None:
+                ways["journal to Postgres"] = drained(prepared(place, kind, count, server.database()), spans)
         for way, found in ways.items():
             print(f"{kind:8}{way:24}{spans:8,}{found['wall']:10,.0f}{found['cpu']:13,.0f}", flush=True)
         ours = round(ways["journal to store"]["cpu"])
-        for peer in ("Core, rows ready", "ORM"):
+        for peer in list(ways)[1:]:
             theirs = round(ways[peer]["cpu"])
             about = {"metric": f"drain, {kind}", "ours": ours, "peer": peer, "theirs": theirs, "ratio": round(ours / theirs, 3)}
             lines.append({**about, "unit": "spans/s"})
