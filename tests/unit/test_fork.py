@@ -16,11 +16,13 @@ from langgraph.graph.message import add_messages
 from langgraph.runtime import Runtime as Given
 from langgraph.types import Send
 
-from agentops import Context, Runtime, ScriptedEngine, Settings
+from agentops import Context, Runtime, ScriptedEngine, Settings, load_settings
 from agentops.checkpoints import lease
+from agentops.engine import generate
 from agentops.errors import NodeFailed, RecordError, ThreadBusy, UsageError
 from agentops.history import Snapshot
 from agentops.people import ask
+from agentops.records import Message, Request
 from agentops.replay import replay
 from agentops.retrieval.embed import HashEmbedder
 from agentops.store import SpanRow, open_store
@@ -245,6 +247,37 @@ async def test_a_thread_in_use_cannot_be_forked_or_read(runtime: Runtime) -> Non
             await runtime.afork(run.run_id, graph=deep.graph)
         with pytest.raises(ThreadBusy):
             await runtime.ahistory(run.run_id, graph=deep.graph)
+
+
+def test_a_fork_may_have_another_model_and_keeps_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_name(settings: Settings, progress: Any) -> ScriptedEngine:
+        name = settings.model.name
+        return ScriptedEngine(lambda request: f"by {name}")
+
+    async def write(state: State, runtime: Given[Context]) -> State:
+        made = await generate(runtime.context.engine, Request(messages=(Message("user", "go"),), max_tokens=8))
+        return {"trail": [made.text]}
+
+    monkeypatch.setattr("agentops.runtime.open_engine", by_name)
+    builder = StateGraph(State, context_schema=Context).add_node("before", lambda state: {"trail": ["before"]}).add_node(write)
+    graph = builder.add_edge(START, "before").add_edge("before", "write").add_edge("write", END).compile()
+
+    def opened(**more: str) -> Runtime:
+        paths = {"paths.home": settings.paths.home, "paths.cache": settings.paths.cache}
+        return Runtime(load_settings({**paths, **more}), embedder=HashEmbedder())
+
+    with opened() as runtime:
+        run = runtime.run(graph, {"topic": "tea"})
+    assert run.output["trail"] == ["before", f"by {settings.model.name}"]
+    with opened(**{"model.name": "another"}) as runtime:
+        forked = runtime.fork(run.run_id, graph=graph)
+        assert forked.output["trail"] == ["before", "by another"]
+    with opened() as runtime:
+        assert runtime.fork(forked.run_id, graph=graph).output["trail"] == ["before", "by another"]
+        assert runtime.fork(run.run_id, graph=graph).status == "done"
+        with open_store(settings) as store:
+            assert store.run(run.run_id).settings["model.name"] == settings.model.name
+            assert store.run(forked.run_id).settings["model.name"] == "another"
 
 
 CHAIN = """

@@ -203,6 +203,15 @@ async def test_a_lease_waits_for_a_write_that_is_not_over(postgres_settings: Set
         await waiting
 
 
+async def test_a_library_that_is_not_here_is_named(postgres_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("agentops.checkpoints.postgres", raising=False)
+    monkeypatch.setitem(sys.modules, "agentops.checkpoints.postgres", None)
+    with pytest.raises(RecordError, match="a library that is not here") as caught:
+        async with lease(postgres_settings, "t"):
+            pass
+    assert "agentops-runtime[postgres]" in caught.value.hint
+
+
 async def test_two_that_begin_at_once_make_the_tables_together(postgres_settings: Settings) -> None:
     async def take(number: int) -> int:
         async with lease(postgres_settings, f"t{number}") as held, open_checkpointer(held, frozenset()) as saver:
