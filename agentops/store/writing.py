@@ -34,6 +34,7 @@ _RUN_CHANGES = ("status", "ended_ns", "output_hash", "pending_hash", "error", "p
 _EXPERIMENT_CHANGES = ("status", "ended_ns", "error", "pid", "segment")
 _INSERTS: Mapping[str, Callable[[Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 _INTEGER = 2**63
+_TOLD_ONCE = ("input_hash", "output_hash")
 _SENSELESS = (KeyError, TypeError, ValueError, OverflowError)
 _CHUNK = 500
 _KINDS = ("payload", "prompt", "thread", "run", "span", "checkpoint", "score", "experiment", "case")
@@ -155,13 +156,18 @@ class StoreWriter:
         return {"span": spans, **{kind: list(rows.values()) for kind, rows in found.items()}}
 
     def _last(self, told: list[Event]) -> dict[str, Any] | None:
-        """The row of the last that makes sense of the events of a span, each of which is the whole row as it was then."""
-        while told:
-            try:
-                return _fit("span", told.pop())
-            except _SENSELESS as error:
-                self._pass_over(error)
-        return None
+        """The row of the last that makes sense of the events of a span, each of which is the whole row as it was then, but for
+        its contents, which are told once."""
+        found: dict[str, Any] | None = None
+        for event in reversed(told):
+            if found is None:
+                try:
+                    found = _fit("span", event)
+                except _SENSELESS as error:
+                    self._pass_over(error)
+            else:
+                found |= {name: event[name] for name in _TOLD_ONCE if found[name] is None and isinstance(event.get(name), str)}
+        return found
 
     def _pass_over(self, error: BaseException) -> None:
         self.rejected += 1
@@ -258,9 +264,10 @@ def _upserting(
     statement = _INSERTS[dialect](target)
     keys = [column.name for column in target.primary_key]
     if changes:
-        statement = statement.on_conflict_do_update(
-            index_elements=keys, set_={name: statement.excluded[name] for name in changes}
-        )
+        now: dict[str, Any] = {name: statement.excluded[name] for name in changes}
+        if name == "span":
+            now |= {once: func.coalesce(now[once], target.c[once]) for once in _TOLD_ONCE}
+        statement = statement.on_conflict_do_update(index_elements=keys, set_=now)
     else:
         statement = statement.on_conflict_do_nothing(index_elements=keys)
     compiled = statement.compile(dialect=registry.load(f"{dialect}.{driver}")())

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from agentops.errors import RecordError, StoreBroken, StoreLocked, StoreTooNew, StoreUnavailable
 from agentops.settings import Settings
-from agentops.tracer.journal import SUFFIX, Event, Journal, claim, home_id, read
+from agentops.tracer.journal import FORMAT, SUFFIX, Event, Journal, claim, format_of, home_id, read
+from agentops.tracer.payload import encode_packed
 
 if TYPE_CHECKING:
     from agentops.store import StoreWriter
@@ -31,6 +32,7 @@ _CLOSING_WAIT_S = 1.0
 _STALLED_S = 5.0
 _READING_WAIT_S = 0.3
 _FAILURES_TO_TELL = 5
+_told_newer: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +50,43 @@ class _Batch:
     positions: dict[str, int] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
     size: int = 0
+    _hashes: dict[tuple[bytes, int], str] = field(default_factory=dict)
+
+    def take(self, event: Event) -> None:
+        """Adds an event, and before it the contents that a span's event carries, as events of their own."""
+        if event.get("t") == "span":
+            for name in ("input", "output"):
+                if (packed := event.pop(name, None)) is not None:
+                    event[f"{name}_hash"] = self._content(packed, int(event["limit"]))
+        self.events.append(event)
+        self.size += len(event.get("data", b""))
+
+    def _content(self, packed: bytes, limit: int) -> str:
+        if (packed, limit) not in self._hashes:
+            made = encode_packed(packed, limit)
+            self._hashes[packed, limit] = made.hash
+            self.take({"t": "payload", "hash": made.hash, "data": made.data, "truncated": made.truncated})
+        return self._hashes[packed, limit]
 
 
 def drain(folder: Path, writer: StoreWriter) -> Drained:
     """Reads all segments from where they were left, stores what is new, and removes those of dead owners.
 
-    A dead owner's segment with bytes that cannot be read, or with damaged records, is kept as `*.damaged`.
+    A dead owner's segment with bytes that cannot be read, or with damaged records, is kept as `*.damaged`. Segments that a newer
+    version wrote stay as they are, and their owners count as living.
 
     Raises:
         StoreLocked, StoreBroken, RecordError (within the block of `open_writer`)
     """
-    segments = {path.name: path for path in sorted(folder.glob("*" + SUFFIX))}
+    found = {path.name: path for path in sorted(folder.glob("*" + SUFFIX))}
+    segments = {name: path for name, path in found.items() if format_of(name) <= FORMAT}
+    if newer := found.keys() - segments.keys() - _told_newer:
+        _told_newer.update(newer)
+        log.warning(
+            "%d journal segments in %s were written by a newer version and are left for it, with what they hold: "
+            "upgrade agentops-runtime",
+            *(len(newer), folder),
+        )
     # Claimed before it is read: a dead owner adds nothing more.
     dead = {name: fd for name, path in segments.items() if (fd := claim(path)) is not None}
     try:
@@ -71,8 +99,8 @@ def drain(folder: Path, writer: StoreWriter) -> Drained:
             for name, count in batch.lost.items():
                 lost[name] += count
         home = home_id(folder)
-        crashed = writer.bury([name for name in segments if name not in dead], home=home)
-        writer.forget(list(segments), home=home)
+        crashed = writer.bury([name for name in found if name not in dead], home=home)
+        writer.forget(list(found), home=home)
         for name, fd in dead.items():
             _remove(segments[name], os.fstat(fd).st_size - positions.get(name, 0), lost[name])
     finally:
@@ -89,8 +117,7 @@ def _batches(segments: dict[str, Path], positions: dict[str, int]) -> Iterator[_
         if event is None:
             batch.lost[name] = batch.lost.get(name, 0) + 1
         else:
-            batch.events.append(event)
-            batch.size += len(event.get("data", b""))
+            batch.take(event)
         if len(batch.events) >= _BATCH_EVENTS or batch.size >= _BATCH_BYTES:
             yield batch
             batch = _Batch()

@@ -3,7 +3,7 @@
 A record is a header (length and CRC-32 of the payload, both unsigned 32 bit little-endian) and a msgpack payload. Its
 owner holds an exclusive `flock` on the file while it lives, so anyone can tell a dead owner's segment by trying the lock.
 What the store has taken is given back to the file system from the segment's beginning; positions stay as they were.
-A segment is named after its home, `<home id>-<id>.seg`: several homes may be drained into one store.
+A segment is named after its home, `<home id>-<id>.v<format>.seg`: several homes may be drained into one store.
 The journal knows nothing of what the events mean and nothing of the store; it does not survive the machine's power loss.
 """
 
@@ -28,6 +28,9 @@ from agentops.clock import UlidSource
 from agentops.errors import JournalFull
 
 SUFFIX = ".seg"
+FORMAT = 2
+"""Raised when a version that came before would not understand the records. Names of the first format do not say it; its contents
+were encoded before they were appended."""
 MAX_RECORD_BYTES = 2**30
 _HEADER = struct.Struct("<II")
 _RESERVE_BYTES = 65_536
@@ -36,6 +39,7 @@ _GIVEN_BACK_BYTES = 16_000_000
 _PATIENCE_S = 0.7
 _PUNCH_HOLE_KEEP_SIZE = 3
 _READING_BYTES = 2**20
+_FORMAT = re.compile(r"\.v(\d+)\.seg$")
 _HOME = re.compile(rb"home_[0-9A-Z]{26}\n")
 
 Event = dict[str, Any]
@@ -65,7 +69,7 @@ class Journal:
             self.folder.mkdir(0o700, exist_ok=True)
             home = home_id(self.folder)
             while True:
-                self.path = self.folder / f"{home}-{UlidSource().new('j')}{SUFFIX}"
+                self.path = self.folder / f"{home}-{UlidSource().new('j')}.v{FORMAT}{SUFFIX}"
                 self._fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
                 # Whoever drains may have taken the new file for a dead owner's before the lock was held.
@@ -234,7 +238,7 @@ def _packable(value: Any) -> Any:
 def read(segment: Path, position: int = 0) -> Iterator[tuple[Event | None, int]]:
     """The records from `position` on, each with the position after it. Stops before a torn or unreadable tail.
 
-    A damaged record between two good ones is given as `None`, so that its loss can be told. Zeros, which no record begins
+    Damaged records between two good ones are given as `None`, so that their loss can be told. Zeros, which no record begins
     with, are passed over: they were given back.
     """
     with segment.open("rb", buffering=_READING_BYTES) as file:
@@ -243,7 +247,7 @@ def read(segment: Path, position: int = 0) -> Iterator[tuple[Event | None, int]]
         while True:
             file.seek(position)
             found, end = _record(file, position, size)
-            if end is None or (found is None and not _good_at(file, end, size)):
+            if end is None or (found is None and not _goes_on(file, end, size)):
                 return
             yield found, end
             position = end
@@ -276,7 +280,7 @@ def _record(file: Any, position: int, size: int) -> tuple[Event | None, int | No
         return None, None
     length, checksum = _HEADER.unpack(header)
     end = position + _HEADER.size + length
-    if length > MAX_RECORD_BYTES or end > size:
+    if not 0 < length <= MAX_RECORD_BYTES or end > size:
         return None, None
     payload = file.read(length)
     if zlib.crc32(payload) != checksum:
@@ -288,9 +292,24 @@ def _record(file: Any, position: int, size: int) -> tuple[Event | None, int | No
     return (event, end) if isinstance(event, dict) else (None, end)
 
 
+def _goes_on(file: Any, position: int | None, size: int) -> bool:
+    """Whether the lengths from a position on lead to a good record."""
+    found = None
+    while position is not None and found is None:
+        file.seek(position)
+        found, position = _record(file, position, size)
+    return found is not None
+
+
 def _good_at(file: Any, position: int, size: int) -> bool:
     file.seek(position)
     return _record(file, position, size)[0] is not None
+
+
+def format_of(segment: str) -> int:
+    """The format of a segment's records, by its name."""
+    found = _FORMAT.search(segment)
+    return int(found[1]) if found else 1
 
 
 def claim(segment: Path) -> int | None:

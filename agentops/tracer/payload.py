@@ -21,6 +21,8 @@ from pathlib import PurePath
 from typing import Any
 from uuid import UUID
 
+import ormsgpack
+
 from agentops.records import content_hash
 from agentops.tracer.redaction import LONGEST, Redactor, Sweep
 
@@ -28,6 +30,7 @@ _DEPTH = 60
 _REPR_CHARACTERS = 2_000
 # Python refuses to write longer integers as text.
 _INTEGER_BITS = 14_000
+_PACKING = ormsgpack.OPT_PASSTHROUGH_DATACLASS | ormsgpack.OPT_PASSTHROUGH_DATETIME
 _MESSAGE = {"content", "additional_kwargs", "type"}
 _TOLD = ("name", "tool_calls", "tool_call_id", "status", "usage_metadata", "additional_kwargs")
 # What of an event names things, and is found by these names again: not text of anybody's.
@@ -80,6 +83,25 @@ def encode(value: Any, limit_bytes: int, redactor: Redactor | None = None) -> Pa
         room = max(64, int(room * 0.8 * limit_bytes / len(data)))
     assert data is not None
     return _named(data, sweep, truncated=True)
+
+
+def pack(value: Any, limit_bytes: int) -> bytes | None:
+    """The value as it is now, in msgpack: ten times faster than its JSON, which `encode_packed` makes where nobody waits. `None`
+    where msgpack cannot say it or needs more than `limit_bytes`."""
+    try:
+        packed: bytes = ormsgpack.packb(value, default=_packable, option=_PACKING)
+    except (TypeError, ValueError, RecursionError, RuntimeError):
+        return None
+    return packed if len(packed) <= limit_bytes else None
+
+
+def encode_packed(packed: bytes, limit_bytes: int) -> Payload:
+    """What `encode` would have made of a value that was packed.
+
+    Raises:
+        ValueError: it is no msgpack.
+    """
+    return encode(ormsgpack.unpackb(packed), limit_bytes)
 
 
 def _named(data: bytes, sweep: Sweep | None, *, truncated: bool) -> Payload:
@@ -152,6 +174,16 @@ def state_hash(value: Any) -> str:
 def _dump(value: Any) -> bytes:
     # A lone surrogate becomes `\udcXX`, which is JSON's own way to write it.
     return _ENCODER.encode(value).encode("utf-8", "backslashreplace")
+
+
+def _packable(value: Any) -> Any:
+    """As `_shape`, also of what JSON knows and msgpack does not."""
+    match value:
+        case tuple():
+            return list(value)
+        case float():
+            return float(value)
+    return _shape(value)
 
 
 def _shape(value: Any) -> Any:

@@ -22,7 +22,7 @@ from agentops.tracer.drain import Drainer
 from agentops.tracer.effects import Effects
 from agentops.tracer.journal import Event, Journal
 from agentops.tracer.meter import Meter
-from agentops.tracer.payload import counted, encode, redacted, to_plain
+from agentops.tracer.payload import counted, encode, pack, redacted, to_plain
 from agentops.tracer.redaction import Redactor, load_redactor
 from agentops.tracer.trace import RunTrace
 
@@ -220,6 +220,15 @@ class Tracer:
             ns = self.clock.now_ns()
             events.insert(0, {"t": "payload", "ns": ns, "hash": found.hash, "data": found.data, "truncated": found.truncated})
         return found.hash
+
+    def carried(self, name: str, value: Any, row: Event, events: list[Event]) -> Event:
+        """What a span's event carries of its input or output as it is now: JSON and hash are made when it is drained. What that
+        is not possible for, and what has to be redacted first, is encoded now and named in the row."""
+        limit = self.settings.record.payload_bytes
+        if self._redactor is None and (packed := pack(value, limit)) is not None:
+            return {name: packed, "limit": limit}
+        row[f"{name}_hash"] = self.payload(value, events, row)
+        return {}
 
     def prompt(self, prompt: PromptVersion, events: list[Event]) -> None:
         if self._new(f"{prompt.name}\0{prompt.version}"):

@@ -271,7 +271,7 @@ class RunTrace:
         if payload is not None:
             self._root.row["input_hash"] = self._row["input_hash"] = self.tracer.payload(payload, events, self._root.row)
         self._open[self._root.id] = self._root
-        self._put(self._root, events)
+        self._put(self._root, events, {})
 
     def end(self, status: RunStatus, output: Any = None, error: BaseException | str | None = None, pending: Any = None) -> None:
         """Closes the workflow span and whatever is still open under it, and writes how the run ended. Never raises.
@@ -531,17 +531,18 @@ class RunTrace:
             self.tracer.prompt(prompt, events)
         if tags or attributes:
             opened.set(**tags, **attributes)
+        carried: Event = {}
         if payload is not _NOTHING and payload is not None:
-            opened.row["input_hash"] = self.tracer.payload(payload, events, opened.row)
+            carried = self.tracer.carried("input", payload, opened.row, events)
         with self._lock:
             self._open[opened.id] = opened
-        self._put(opened, events)
+        self._put(opened, events, carried)
 
-    def _put(self, opened: Span, events: list[Event]) -> None:
+    def _put(self, opened: Span, events: list[Event], carried: Event) -> None:
         """Writes a new span under the next number. Only what was acknowledged has one: a process that is killed leaves no gap."""
         with self._lock:
             opened.row["seq"] = self._emitted + 1
-            self._write([*events, opened.row])
+            self._write([*events, {**opened.row, **carried}])
             self._emitted += 1
 
     def close(
@@ -618,9 +619,10 @@ class RunTrace:
 
     def _conclude(self, closing: Span, output: Any) -> None:
         events: list[Event] = []
+        carried: Event = {}
         if output is not _NOTHING and output is not None:
-            closing.row["output_hash"] = self.tracer.payload(output, events, closing.row)
-        self._write([*events, closing.row])
+            carried = self.tracer.carried("output", output, closing.row, events)
+        self._write([*events, {**closing.row, **carried}])
 
     def token(self, text: str, call: Span) -> None:
         """Passes a piece of a model's output on to those who listen; it is not recorded by itself."""

@@ -109,6 +109,16 @@ def test_a_flipped_bit_never_reads_as_another_event(journal: Journal, tmp_path: 
     assert passed_over > 300, "most flips hit a payload, and must cost that record only"
 
 
+def test_several_damaged_records_in_a_row_cost_only_themselves(journal: Journal, tmp_path: Path) -> None:
+    events = some_events(12)
+    journal.append(*events)
+    raw, ends = bytearray(journal.path.read_bytes()), [end for _, end in read(journal.path)]
+    for record in (3, 4, 5, 8):
+        raw[ends[record] - 1] ^= 1
+    (broken := tmp_path / "broken").write_bytes(raw)
+    assert events_in(broken) == [None if index in (3, 4, 5, 8) else event for index, event in enumerate(events)]
+
+
 def test_many_threads_append_whole_records(journal: Journal) -> None:
     def work(name: int) -> None:
         for number in range(200):

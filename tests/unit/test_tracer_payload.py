@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +20,7 @@ from pydantic import BaseModel
 
 from agentops.records import Message, Request, content_hash
 from agentops.tracer import to_plain
-from agentops.tracer.payload import encode
+from agentops.tracer.payload import Payload, encode, encode_packed, pack
 
 LIMIT = 100_000
 
@@ -78,6 +81,41 @@ def kept(value: Any, limit: int = LIMIT) -> Any:
 def test_what_a_value_looks_like(value: Any, shown: Any) -> None:
     assert kept(value) == shown
     assert to_plain(value) == shown
+    assert packed(value) in (encode(value, LIMIT), None)
+
+
+class Size(IntEnum):
+    SMALL = 3
+
+
+class Pair(NamedTuple):
+    a: int
+    b: object
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"size": Size.SMALL, "pair": Pair(1, Pair(2, ()))},
+        {"number": np.float64(0.1), "array": np.arange(2), "other": np.float32(2)},
+        Counter("abca"),
+        [float("nan"), float("inf"), -0.0, 1e16, 1e-7, 2**64 - 1, -(2**63)],
+        Point(1, [Form(name="n", inner=[]), {Path("a")}, bytearray(b"x"), memoryview(b"y"), timedelta(1)]),
+        Command(update={"messages": [AIMessage("a", tool_calls=[{"name": "add", "args": {"a": 1}, "id": "c1"}])]}),
+        HumanMessage("hi", status="beside the fields"),
+    ],
+)
+def test_what_is_packed_first_is_the_same_in_the_end(value: Any) -> None:
+    assert packed(value) == encode(value, LIMIT)
+
+
+@pytest.mark.parametrize("value", [{1: "a"}, {(2, 3): "b"}, "a\udc80", 2**64, "x" * LIMIT], ids=lambda value: repr(value)[:12])
+def test_what_cannot_be_packed_is_told(value: Any) -> None:
+    assert pack(value, LIMIT) is None
+
+
+def packed(value: Any, limit: int = LIMIT) -> Payload | None:
+    return None if (found := pack(value, limit)) is None else encode_packed(found, limit)
 
 
 def test_tool_calls_usage_commands_and_interrupts_are_kept() -> None:
@@ -148,6 +186,7 @@ def test_equal_content_has_equal_names() -> None:
     st.integers(min_value=1_000, max_value=5_000),
 )
 def test_any_value_becomes_valid_json_below_the_limit(value: Any, limit: int) -> None:
-    payload = encode(value, limit)
+    payload, later = encode(value, limit), packed(value, limit)
     json.loads(payload.data)
     assert len(payload.data) <= limit
+    assert later is None or (later.data, later.hash) == (payload.data, payload.hash) or (later.truncated and payload.truncated)
