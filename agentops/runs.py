@@ -33,6 +33,10 @@ from agentops.settings import Settings
 from agentops.store import RunRow, open_store
 from agentops.tracer import Effects, Meter, RunTrace, TracedEmbedder, TracedEngine, TracedRetriever, Tracer, catch_up, locate
 
+_CONNECTIONS = 32
+"""Runs at once with Postgres, where each holds a connection: a third of what a server allows all processes that is left as it was
+installed."""
+
 
 class Runs:
     """Every run is an iterator of what happens in it, whose last item is its result; left early, it is cancelled.
@@ -59,7 +63,7 @@ class Runs:
         self._effects = effects
         self._context = context
         self._check_collection = check_collection
-        self._places = Places(settings.run.at_once or affordable())
+        self._places = Places(settings.run.at_once or (_CONNECTIONS if settings.record.url else affordable()))
         self._working: dict[asyncio.Task[Outcome], RunControl] = {}
         self._draining = False
 

@@ -133,7 +133,10 @@ class RunSettings:
     trim: bool = _about("cut the oldest part of a prompt that does not fit", False)
     seed: int = _about("seed of sampling", 0, low=0, high=2**63 - 1)
     at_once: int = _about(
-        "runs that a process works on at once, more wait; 0 is as many as its open files allow", 0, low=0, high=100_000
+        "runs that a process works on at once, more wait; 0 is as many as its open files allow, with Postgres 32",
+        0,
+        low=0,
+        high=100_000,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,3 +94,21 @@ def test_a_question_is_answered_in_another_home(postgres_settings: Settings, tmp
         assert runtime.resume(waiting.run_id, answer="two", graph=graph).output == {"trail": ["two"]}
         forked = runtime.fork(waiting.run_id, step=0, graph=graph)
         assert (forked.status, len(forked.interrupts)) == ("waiting", 1)
+
+
+async def test_runs_beyond_what_a_server_has_connections_for_wait(postgres_settings: Settings) -> None:
+    now = most = 0
+
+    async def work(state: State) -> State:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.2)
+        now -= 1
+        return {"trail": ["work"]}
+
+    graph = StateGraph(State).add_node(work).add_edge(START, "work").add_edge("work", END)
+    async with opened(postgres_settings) as runtime:
+        results = await asyncio.gather(*(runtime.arun(graph, {"trail": []}) for _ in range(40)))
+    assert {one.status for one in results} == {"done"}
+    assert 1 < most <= 32
