@@ -147,6 +147,20 @@ class Store:
         except (ValueError, zstandard.ZstdError) as error:
             raise RecordError(f"the content {hash} is damaged: {error}") from error
 
+    def has(self, hash: str) -> bool:
+        """Whether a content is there."""
+        payloads = table("payload")
+        return bool(self._all(select(payloads.c.hash).where(payloads.c.hash == hash)))
+
+    def forks(self) -> dict[str, str]:
+        """The run that each run which is a fork was made from, by ids."""
+        spans = table("span")
+        origin = spans.c.attributes["forked_from"]
+        query = select(spans.c.run_id, origin.label("origin")).where(
+            spans.c.kind == "workflow", cast(spans.c.attributes, Text).contains('"forked_from"')
+        )
+        return {row.run_id: str(row.origin) for row in self._all(query)}
+
     def inputs(self, runs: Sequence[RunRow]) -> dict[str, Any]:
         """What runs were started with, by their ids; runs whose input is not in the store are left out."""
         found: dict[str, Any] = {}

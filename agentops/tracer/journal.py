@@ -15,6 +15,7 @@ import fcntl
 import os
 import re
 import struct
+import sys
 import threading
 import weakref
 import zlib
@@ -208,6 +209,37 @@ def _give_back(fd: int, size: int) -> None:
     """Frees the disk under a file's first bytes, which are zeros then. Where the system cannot, the file keeps them."""
     if (fallocate := getattr(ctypes.CDLL(None), "fallocate", None)) is not None:
         fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size))
+
+
+def overwrite(segment: Path, size: int) -> None:
+    """Makes the first bytes of a segment zeros, whoever owns it: what the store has of it is to be found there no more. No drain
+    may read it meanwhile.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        fd = os.open(segment, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        _give_back(fd, size)
+        # A system that cannot free it keeps it as it was.
+        zeros, place = bytes(1 << 20), 0
+        while place < size and (data := _data_from(segment, place)) < size:
+            place = data + os.pwrite(fd, zeros[: size - data], data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _data_from(segment: Path, place: int) -> int:
+    """Where the next byte is that is not in a hole."""
+    with segment.open("rb") as file:
+        try:
+            return os.lseek(file.fileno(), place, os.SEEK_DATA)
+        except OSError as error:
+            return sys.maxsize if error.errno == errno.ENXIO else place
 
 
 def frame(event: Event) -> bytes:

@@ -1,0 +1,143 @@
+"""Erasing: takes a thread, or all threads of a user, out of everything in the home folder, so that no byte of them is left.
+
+What is taken: their runs with spans, scores, states and the contents that nobody else's runs have; their checkpoints; what the
+journal's files still hold of what the store has taken; journal files that could not be read whole; and the kept KV cache, which
+does not say whose it is. Runs that were forked from them have their state, and go too. Documents, datasets and files that tools
+wrote belong to nobody here and stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from agentops.checkpoints import checkpoint_folder, lease, open_checkpointer
+from agentops.errors import RecordError, ThreadBusy
+from agentops.settings import Settings
+from agentops.store import Removed, RunRow, Store, open_store, open_writer
+from agentops.sync import run_sync
+from agentops.tracer.drain import catch_up, drain
+from agentops.tracer.journal import SUFFIX, overwrite
+from agentops.tracer.redaction import Sweep, load_redactor
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """What was erased, or would be. `shared` counts contents that stay because other runs have the same; `left` says what could
+    not be taken, and what to do."""
+
+    threads: tuple[str, ...]
+    runs: int
+    spans: int = 0
+    scores: int = 0
+    contents: int = 0
+    shared: int = 0
+    files: int = 0
+    left: tuple[str, ...] = ()
+
+
+def erase(settings: Settings, *, user: str | None = None, thread: str | None = None, dry_run: bool = False) -> Erased:
+    """Erases a thread, or every thread in which a run was labelled with the user. With `dry_run` nothing is changed.
+
+    Raises:
+        ThreadBusy: one of the threads is at work.
+        RecordError: there is none.
+        StoreLocked: the record cannot be written now; nothing was erased.
+    """
+    catch_up(settings, wait=True)
+    with open_store(settings) as store:
+        runs = _concerned(store, settings, user, thread)
+        threads = tuple(sorted({run.thread_id for run in runs}))
+        named = {key for run in runs for key in _contents(store, run)}
+    if busy := next((run for run in runs if run.status == "running"), None):
+        raise _busy(busy.thread_id)
+    if dry_run:
+        return Erased(threads, len(runs), contents=len(named), files=len(_files(settings, threads)))
+    removed, files = run_sync(_held(settings, threads, [run.id for run in runs]))
+    with open_store(settings) as store:
+        shared = sum(store.has(key) for key in named)
+    return Erased(threads, removed.runs, removed.spans, removed.scores, removed.contents, shared, files, tuple(_left(settings)))
+
+
+async def _held(settings: Settings, threads: tuple[str, ...], run_ids: list[str]) -> tuple[Removed, int]:
+    """With the sole right to all of the threads; how many files it were, too."""
+    async with AsyncExitStack() as stack:
+        for one in threads:
+            held = await stack.enter_async_context(lease(settings, one))
+            if settings.record.url:
+                saver = await stack.enter_async_context(open_checkpointer(held, frozenset()))
+                await saver.adelete_thread(one)
+        removed = await asyncio.to_thread(_recorded, settings, run_ids)
+        files = _files(settings, threads)
+        for file in files:
+            file.unlink(missing_ok=True)
+    return removed, len(files)
+
+
+def _recorded(settings: Settings, run_ids: list[str]) -> Removed:
+    """Takes runs out of the store and the journal, in one turn of writing: no drainer reads meanwhile."""
+    folder = settings.paths.home / "journal"
+    with open_writer(settings) as writer:
+        drain(folder, writer)
+        removed = writer.remove(run_ids)
+        writer.shrink(whole=True)
+        positions = writer.positions()
+        for segment in folder.glob("*" + SUFFIX):
+            overwrite(segment, positions.get(segment.name, 0))
+    return removed
+
+
+def _concerned(store: Store, settings: Settings, user: str | None, thread: str | None) -> list[RunRow]:
+    """All runs of the threads that are meant, and of those that were forked from them."""
+    everything = store.runs(limit=10_000_000)
+    if thread is not None:
+        threads = {thread}
+    else:
+        names = {user, _pseudonym(settings, str(user))}
+        threads = {run.thread_id for run in everything if (run.settings.get("labels") or {}).get("user") in names}
+    forks, before = store.forks(), set[str]()
+    while threads != before:
+        before = set(threads)
+        mine = {run.id for run in everything if run.thread_id in threads}
+        threads |= {run.thread_id for run in everything if forks.get(run.id) in mine}
+    if not (found := [run for run in everything if run.thread_id in threads]):
+        whose = f"of user '{user}'" if user is not None else f"on thread '{thread}'"
+        raise RecordError(f"no run {whose} is on record", hint="list the runs with their threads: agentops runs")
+    return found
+
+
+def _pseudonym(settings: Settings, user: str) -> str:
+    """What a user is called where names are redacted."""
+    redactor = load_redactor(settings)
+    return redactor.pseudonym(user, Sweep(redactor)) if redactor is not None else user
+
+
+def _contents(store: Store, run: RunRow) -> Iterator[str]:
+    hashes = [
+        run.input_hash,
+        run.output_hash,
+        *(key for span in store.spans(run.id) for key in (span.input_hash, span.output_hash)),
+    ]
+    yield from (key for key in hashes if key is not None)
+
+
+def _files(settings: Settings, threads: tuple[str, ...]) -> list[Path]:
+    """Checkpoints of the threads, what of the journal could not be read, and the kept KV cache. A thread's lock file stays: it is
+    empty, and somebody may wait for it."""
+    home, folder = settings.paths.home, checkpoint_folder(settings)
+    own = [folder / f"{thread}.db{end}" for thread in threads for end in ("", "-wal", "-shm", "-journal")]
+    others = [*(home / "journal").glob("*.damaged"), *(home / "prefixes").glob("*")]
+    return [file for file in (*own, *others) if file.is_file()]
+
+
+def _left(settings: Settings) -> Iterator[str]:
+    log = settings.paths.home / "record.db-wal"
+    if log.exists() and log.stat().st_size:
+        yield f"a reader keeps {log} from being emptied: close what reads the record, then erase again or run a graph"
+
+
+def _busy(thread: str) -> ThreadBusy:
+    return ThreadBusy(f"thread {thread} is at work", hint="let it end, or stop it with: agentops cancel RUN; then erase again")
