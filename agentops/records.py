@@ -75,7 +75,8 @@ class Request:
     prompt or the output has, `presence_penalty` is taken off those of the output, `logit_bias` is added by token, the
     constraint rules out. Then, where one is drawn: `top_k` likeliest, those at least `min_p` times as likely as the likeliest,
     and of these the fewest whose shares reach `top_p`. `top_logprobs` asks for so many likeliest tokens at each place.
-    `n` answers are made from one prompt, which is computed once; what is streamed is the first of them.
+    `n` answers are made from one prompt, which is computed once; what is streamed is the first of them. Requests of different
+    `thread`s take turns, so that none waits for all that another has asked; inside a run it is the run's, where none is given.
     """
 
     messages: tuple[Message, ...] = ()
@@ -96,6 +97,7 @@ class Request:
     stop_tokens: tuple[int, ...] = ()
     top_logprobs: int = 0
     n: int = 1
+    thread: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,7 @@ class ScoreRequest:
     messages: tuple[Message, ...] = ()
     text: str | None = None
     tenant: str = ""
+    thread: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,7 @@ class GenerateCall(Call):
         drafts: Tokens[Draft],
         *,
         namespace: Hashable,
+        share: Hashable,
         max_tokens: int,
         trimmed: int,
         ends: frozenset[int],
@@ -134,11 +135,19 @@ class GenerateCall(Call):
     ) -> None:
         length = len(prompt)
         forks = tuple(
-            Sequence(namespace, list(prompt), length, None, room=max_tokens, decodes=True, private=True)
+            Sequence(namespace, list(prompt), length, None, room=max_tokens, decodes=True, private=True, share=share)
             for _ in (drafts[1:] if max_tokens else ())
         )
         sequence = Sequence(
-            namespace, list(prompt), length - 1, None, room=max_tokens, decodes=True, forks=forks, fork_at=length if forks else 0
+            namespace,
+            list(prompt),
+            length - 1,
+            None,
+            room=max_tokens,
+            decodes=True,
+            forks=forks,
+            fork_at=length if forks else 0,
+            share=share,
         )
         super().__init__(sequence, send, info, clock)
         self._max_tokens, self._trimmed, self._ends = max_tokens, trimmed, ends
@@ -202,6 +211,7 @@ class ScoreCall(Call):
         request: ScoreRequest,
         *,
         namespace: Hashable,
+        share: Hashable,
         send: Callable[[Event], None],
         info: ModelInfo,
         clock: Clock,
@@ -213,10 +223,12 @@ class ScoreCall(Call):
         forks = []
         for number, choice in enumerate(choices[1:], start=1):
             if len(choice) > 1:
-                fork = Sequence(namespace, prefix + choice[:-1], len(prefix), None, private=True)
+                fork = Sequence(namespace, prefix + choice[:-1], len(prefix), None, private=True, share=share)
                 self._choice_of[fork] = number
                 forks.append(fork)
-        root = Sequence(namespace, prefix + choices[0][:-1], len(prefix) - 1, None, forks=tuple(forks), fork_at=len(prefix))
+        root = Sequence(
+            namespace, prefix + choices[0][:-1], len(prefix) - 1, None, forks=tuple(forks), fork_at=len(prefix), share=share
+        )
         self._choice_of[root] = 0
         super().__init__(root, send, info, clock)
 

@@ -145,6 +145,7 @@ class LocalEngine:
             prompt,
             drafts,
             namespace=(self._info.revision, request.tenant),
+            share=(request.tenant, request.thread),
             max_tokens=request.max_tokens,
             trimmed=trimmed,
             ends=self._tokenizer.eos.union(request.stop_tokens),
@@ -181,6 +182,7 @@ class LocalEngine:
             choices,
             request,
             namespace=(self._info.revision, request.tenant),
+            share=(request.tenant, request.thread),
             send=send,
             info=self._info,
             clock=self._clock,
@@ -324,12 +326,14 @@ class LocalEngine:
         """A step that fails, fails the requests in it and no other."""
         for chunk in chunks:
             chunk.sequence.owner.start()
+        began = self._clock.monotonic_ns()
         try:
             logits = self._runner.step(_batch(chunks))
         except BaseException as error:
             for call in {chunk.sequence.owner for chunk in chunks}:
                 self._fail(call, EngineError(f"the model failed: {type(error).__name__}: {error}"), error)
             return
+        self._scheduler.took(chunks, (self._clock.monotonic_ns() - began) / 1e9)
         self._scheduler.advance(chunks)
         self._count(chunks)
         at = 0

@@ -2,21 +2,33 @@
 
 Sequences that decode come first, one token each; what is left of the step goes to prompts, cut into chunks. A sequence
 is admitted when all the blocks it can ever need are there, so that none is thrown out half-way. One whose next block is
-being computed by another waits for it and finds it cached. It holds integers only and is owned by one thread.
+being computed by another waits for it and finds it cached.
+
+Nobody is held up by how much another wants. Whoever has least at work is admitted first, and may be beyond the batch. Where
+several decode, a step takes at most twice as long as one of the smallest of them alone: the others' sequences take turns in
+what is left of it. A prompt is read in pieces so small that those who decode hardly feel it. How long steps take is learned
+from those that were (`Pace`). It holds integers only and is owned by one thread.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal
 
 from agentops.engine.blocks import BlockPool
+from agentops.engine.pace import Pace
 from agentops.engine.sequence import Chunk, Sequence
 
 LOGIT_ROWS = 256
 """Rows of a step whose logits prompts and choices may ask for: a row is as wide as the vocabulary."""
+
+_STRETCH = 1.9
+"""How much longer a step may take for the sake of others that decode."""
+_PROMPT_STRETCH = 2.5
+"""How much longer it may take for the sake of prompts."""
 
 
 @dataclass(slots=True)
@@ -42,6 +54,8 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, *, max_batch: int, prefill_tokens: int) -> None:
         self.pool = pool
+        self.pace = Pace()
+        self._turns = 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._max_batch = max_batch
@@ -62,27 +76,68 @@ class Scheduler:
 
     def plan(self) -> list[Chunk]:
         """The coming step. Empty only when there is nothing to do."""
-        chunks: list[Chunk] = []
-        budget = _Budget(self._prefill_tokens, LOGIT_ROWS)
-        for sequence in self.running:
-            if sequence.decodes and sequence.pending == 1:
-                chunks.append(Chunk(sequence, sequence.computed, 1))
-            elif sequence.pending:
-                chunks += budget.spend(sequence)
-        passed: list[Sequence] = []
-        claimed = self._claims(self.running)
-        while self.waiting and budget.tokens and budget.logits:
-            sequence = self.waiting.popleft()
-            decision = self._admit(sequence, claimed)
-            if decision != "admitted":
-                passed.append(sequence)
-                if decision == "full":
-                    break
-                continue
-            claimed |= self._claims([sequence])
+        chunks = [Chunk(sequence, sequence.computed, 1) for sequence in self._decoding()]
+        budget = _Budget(self._room_for_prompts(len(chunks)), LOGIT_ROWS)
+        for sequence in self._least_first([one for one in self.running if one.pending and not _makes(one)]):
             chunks += budget.spend(sequence)
-        self.waiting.extendleft(reversed(passed))
+        claimed = self._claims(self.running)
+        for sequence in self._least_first(self.waiting):
+            if not (budget.tokens and budget.logits):
+                break
+            decision = self._admit(sequence, claimed)
+            if decision == "full":
+                break
+            if decision == "admitted":
+                self.waiting.remove(sequence)
+                claimed |= self._claims([sequence])
+                chunks += budget.spend(sequence)
+        for chunk in chunks:
+            self._turns += 1
+            chunk.sequence.turn = self._turns
         return chunks
+
+    def took(self, chunks: Iterable[Chunk], seconds: float) -> None:
+        """A step of these took that long."""
+        made = read = 0
+        for chunk in chunks:
+            if chunk.start >= chunk.sequence.inputs:
+                made += chunk.count
+            else:
+                read += chunk.count
+        self.pace.learn(made, read, seconds)
+
+    def _decoding(self) -> list[Sequence]:
+        """Those that get their next token in the coming step."""
+        lines: dict[Hashable, list[Sequence]] = {}
+        for sequence in self.running:
+            if _makes(sequence):
+                lines.setdefault(sequence.share, []).append(sequence)
+        if len(lines) < 2 or not self.pace.known:
+            return [sequence for line in lines.values() for sequence in line]
+        for line in lines.values():
+            line.sort(key=lambda one: one.turn)
+        # One of each at a time: the shortest lines are in it whole before a longer one has as many again.
+        taken = [one for row in zip_longest(*lines.values()) for one in row if one is not None]
+        least = min(map(len, lines.values()))
+        allowed, surely = _STRETCH * self.pace.seconds(least), least * len(lines)
+        while len(taken) > surely and self.pace.seconds(len(taken)) > allowed:
+            taken.pop()
+        return taken
+
+    def _room_for_prompts(self, made: int) -> int:
+        if not made or not self.pace.known:
+            return self._prefill_tokens
+        room = self.pace.room(made, _PROMPT_STRETCH * self.pace.seconds(made))
+        return min(self._prefill_tokens, max(self.pool.size, room // self.pool.size * self.pool.size))
+
+    def _least_first(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """In the order in which they came, but one of each share at a time, those first whose share has least at work."""
+        at_work = Counter(sequence.share for sequence in self.running)
+        ranked = []
+        for place, sequence in enumerate(sequences):
+            ranked.append((at_work[sequence.share], place, sequence))
+            at_work[sequence.share] += 1
+        return [sequence for *_, sequence in sorted(ranked, key=lambda entry: entry[:2])]
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
         """Books a computed step: full blocks become findable, forks whose beginning is there start."""
@@ -126,8 +181,11 @@ class Scheduler:
     def _admit(self, sequence: Sequence, claimed: set[object]) -> Literal["admitted", "later", "full"]:
         """later: others may go first.  full: the blocks are not there, and nobody may take them from under it."""
         pool = self.pool
-        if sequence.decodes and sum(map(_lines, self.running)) + _lines(sequence) > self._max_batch:
-            return "later"
+        if sequence.decodes:
+            # Who has nothing at work need not wait for the batch of another to become smaller.
+            idle = all(other.share != sequence.share for other in self.running)
+            if sum(map(_lines, self.running)) + _lines(sequence) > self._max_batch * (2 if idle else 1):
+                return "later"
         held, node = pool.match(sequence.namespace, sequence.tokens, sequence.wanted_from // pool.size)
         full = len(sequence.tokens) >= (len(held) + 1) * pool.size
         wanted = len(held) < sequence.wanted_from // pool.size
@@ -154,6 +212,11 @@ class Scheduler:
             if sequence.fork_at % self.pool.size:
                 fork.copy_from = sequence.table[shared]
             self.running.append(fork)
+
+
+def _makes(sequence: Sequence) -> bool:
+    """Whether its next token is one that the model made."""
+    return sequence.decodes and sequence.pending == 1
 
 
 def _lines(sequence: Sequence) -> int:

@@ -22,6 +22,8 @@ class Sequence:
     owner: whoever gets the logits.
     inputs: how many tokens it began with; those after them were made by the model.
     private: its blocks are not offered to others.
+    share: whose it is: sequences of different shares take turns, those of one stand in line.
+    turn: when it was last in a step.
     forks, fork_at: private sequences that share the first `fork_at` tokens of this one and start when those are computed.
     """
 
@@ -34,6 +36,7 @@ class Sequence:
     private: bool = False
     forks: tuple[Sequence, ...] = ()
     fork_at: int = 0
+    share: Hashable = ""
 
     table: list[int] = field(default_factory=list)
     computed: int = 0
@@ -43,6 +46,7 @@ class Sequence:
     copy_from: int | None = None
     over: bool = False
     inputs: int = 0
+    turn: int = 0
 
     def __post_init__(self) -> None:
         self.inputs = len(self.tokens)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentops.records import Delta, Generation, ModelInfo, Query, Request, Retrieval, ScoreRequest, Scores, SpanStatus
 from agentops.tracer.trace import RunTrace, Span, locate
@@ -38,9 +38,9 @@ class TracedEngine:
         return self._engine.info
 
     async def stream(self, request: Request) -> AsyncIterator[Delta | Generation]:
-        events = self._engine.stream(request)
+        place = _place(self._run)
+        events = self._engine.stream(_in_turn(request, place))
         try:
-            place = _place(self._run)
             if place is None:
                 async for event in events:
                     yield event
@@ -76,7 +76,7 @@ class TracedEngine:
         run.admit(parent)
         call = _open(run, parent, "score", request, self._engine.info, notes)
         try:
-            scores = await self._engine.score(request)
+            scores = await self._engine.score(_in_turn(request, place))
         except BaseException as error:
             run.close(call, error=error)
             raise
@@ -87,6 +87,15 @@ class TracedEngine:
 
     async def close(self) -> None:
         await self._engine.close()
+
+
+_Place = tuple[RunTrace, str, dict[str, Any]]
+_Asked = TypeVar("_Asked", Request, ScoreRequest)
+
+
+def _in_turn(request: _Asked, place: _Place | None) -> _Asked:
+    """The request as one of its run's thread, where it does not say another."""
+    return request if place is None or request.thread else replace(request, thread=place[0].thread_id)
 
 
 _SHAPING = ("min_p", "repetition_penalty", "presence_penalty", "logit_bias", "stop_tokens", "top_logprobs", "n")
@@ -106,7 +115,7 @@ def asked(request: Request | ScoreRequest) -> tuple[dict[str, Any], dict[str, An
     return given, {name: value for name, value in named.items() if value not in (None, ()) and value != plain.get(name)}
 
 
-def _place(run: RunTrace | None) -> tuple[RunTrace, str, dict[str, Any]] | None:
+def _place(run: RunTrace | None) -> _Place | None:
     if run is not None:
         return run.place()
     return None if (found := locate()) is None else (found[0], found[1], {})
