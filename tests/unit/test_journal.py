@@ -109,6 +109,28 @@ def test_a_flipped_bit_never_reads_as_another_event(journal: Journal, tmp_path: 
     assert passed_over > 300, "most flips hit a payload, and must cost that record only"
 
 
+def test_a_segment_whose_beginning_was_given_back_is_cut_and_flipped_too(journal: Journal, tmp_path: Path) -> None:
+    events = some_events(12)
+    journal.append(*events)
+    ends = [end for _, end in read(journal.path)]
+    raw = bytes(ends[4]) + journal.path.read_bytes()[ends[4] :]
+    hurt, dice = tmp_path / "hurt", random.Random(5)
+    for size in range(len(raw) + 1):
+        hurt.write_bytes(raw[:size])
+        assert events_in(hurt) == events[5 : max(5, sum(end <= size for end in ends))]
+    for _ in range(300):
+        place, bit = dice.randrange(len(raw)), 1 << dice.randrange(8)
+        hurt.write_bytes(raw[:place] + bytes([raw[place] ^ bit]) + raw[place + 1 :])
+        at = sum(end <= place for end in ends)
+        whole = events[5:at]
+        for position in (0, ends[4]):
+            found = events_in(hurt, position)
+            if place < ends[4] <= position:
+                assert found == events[5:]
+            else:
+                assert found in ([], whole, [*whole, None, *events[at + 1 :]])
+
+
 def test_several_damaged_records_in_a_row_cost_only_themselves(journal: Journal, tmp_path: Path) -> None:
     events = some_events(12)
     journal.append(*events)
