@@ -109,6 +109,10 @@ class ThreadSaver(BaseCheckpointSaver[str]):
             try:
                 self.serde.dumps_typed(value)
             except TypeError as found:
+                if channel == "__start__" and isinstance(value, Mapping):
+                    return self._unfit(where, value.items(), found)
+                if "Recursion limit" in str(found):
+                    found = TypeError("it holds itself, or has no bottom within a thousand levels")
                 field = {"__interrupt__": "what it asks", "__pregel_tasks": "what it sends"}.get(channel, f"field {channel}")
                 return StateUnfit(f"{where}, {field}: {found}", hint=_UNFIT_HINT)
         return StateUnfit(f"the run's metadata: {error}", hint="give it texts, numbers, lists and dicts")

@@ -65,9 +65,9 @@ UNFIT = {"list": lambda: holding_itself(list), "dict": lambda: holding_itself(di
 @pytest.mark.parametrize("kind", UNFIT)
 def test_a_state_that_holds_itself_or_has_no_bottom_is_told_with_its_node_and_field(settings: Settings, kind: str) -> None:
     with Runtime(settings) as runtime:
-        with pytest.raises(StateUnfit, match="node a, field y"):
+        with pytest.raises(StateUnfit, match="node a, field y: it holds itself"):
             runtime.run(line(a=says(UNFIT[kind]()), b=says(1)), {"x": []})
-        with pytest.raises(StateUnfit, match="the input"):
+        with pytest.raises(StateUnfit, match="the input, field y: it holds itself"):
             runtime.run(line(a=says(1)), {"x": [], "y": UNFIT[kind]()})
         mended = runtime.resume("last", graph=line(a=says(1)))
         assert (mended.status, mended.output["y"]) == ("done", 1)
