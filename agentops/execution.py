@@ -48,10 +48,13 @@ async def standing(graph: LoadedGraph, held: Lease, run_id: str) -> Standing:
     """
     config: Any = {"configurable": {"thread_id": held.thread_id}}
     async with checkpointed(graph, held) as compiled:
-        state = await compiled.aget_state(config)
-        if (state.metadata or {}).get("run_id") == run_id:
+        state = newest = await compiled.aget_state(config)
+        while "run_id" not in (told := state.metadata or {}) and told.get("source") == "update" and state.parent_config:
+            # Nobody's run: somebody has changed the state by hand, and the run goes on from that.
+            state = await compiled.aget_state(state.parent_config)
+        if told.get("run_id") == run_id:
             # A task whose writes were saved before its step ended is not in `next` but in `tasks`: it goes on too.
-            return "open" if state.tasks else "over"
+            return "open" if newest.tasks else "over"
         async for _ in compiled.aget_state_history(config, filter={"run_id": run_id}, limit=1):
             return "passed"
         return "unborn"

@@ -11,11 +11,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
 from langchain_core.callbacks import adispatch_custom_event
+from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import tool
 from langgraph.cache.memory import InMemoryCache
@@ -26,14 +30,16 @@ from langgraph.graph import START, StateGraph
 from langgraph.runtime import Runtime as Node
 from langgraph.store.memory import InMemoryStore
 from langgraph.types import CachePolicy, Command, RetryPolicy, Send, StreamWriter, TimeoutPolicy, interrupt
+from postgres_server import Postgres
 
 from agentops import Context, Runtime, ScriptedEngine, Settings
 from agentops.engine import generate
 from agentops.errors import NodeFailed, RunDrained
 from agentops.records import Message, Request, RunResult
 from agentops.store import open_store
-from agentops.tracer import carried, catch_up
+from agentops.tracer import carried, catch_up, span
 
+LONG = "one two three"
 ASK = Request(messages=(Message("user", "hi"),))
 
 
@@ -458,6 +464,49 @@ def _(caller: Caller) -> str:
     return run.run_id
 
 
+@phenomenon("a stream", "node a 1 ( generation generate in 3 chunks | generation generate in 5 chunks )")
+def _() -> Any:
+    async def a(state: State, runtime: Node[Context]) -> State:
+        async for _ in runtime.context.engine.stream(replace(ASK, messages=(Message("user", "at length"),))):
+            pass
+        model = GenericFakeChatModel(messages=iter([AIMessage(LONG)]))
+        async for _ in model.astream("?"):
+            pass
+        return {}
+
+    return flow(a=a).compile()
+
+
+@phenomenon("what is too large for the record", "node a 1 cut ( tool big cut ) | node b 2 cut")
+def _() -> Any:
+    def a(state: State) -> State:
+        with span("tool", "big", input="x" * 1_000_001):
+            return {"q": "y" * 1_000_001}
+
+    return flow("a>b", a=a, b=lambda state: {"x": [str(len(state["q"]))], "q": ""}).compile()
+
+
+@driven("a fork, with another state", "node b 2")
+def _(caller: Caller) -> str:
+    graph = flow("a>b", a=asays, b=asays).compile()
+    run = caller.run(graph)
+    forked = caller.runtime.fork(run.run_id, step=1, changes={"q": "!"}, graph=graph)
+    assert forked.output == {"x": ["a", "a"], "q": "!"}
+    return forked.run_id
+
+
+@driven("update_state", "node a 1 || node c 3")
+def _(caller: Caller) -> str:
+    saver = InMemorySaver()
+    graph = flow("a>b", "b>c", a=asays, b=asays, c=asays).compile(checkpointer=saver, interrupt_before=["b"])
+    run = caller.run(graph)
+    # As if it came from b: the run goes on behind it.
+    graph.update_state({"configurable": {"thread_id": run.thread_id}}, {"x": ["by hand"]}, as_node="b")
+    ended = caller.resume(run.run_id, graph=graph)
+    assert ended.output["x"] == ["a", "by hand", "a"]
+    return ended.run_id
+
+
 @driven("a breakpoint behind a node", "node a 1 || node b 2")
 def _(caller: Caller) -> str:
     graph = flow("a>b", a=asays, b=asays).compile(interrupt_after=["a"])
@@ -523,10 +572,25 @@ if __name__ == "__main__":
 OWN = [name for name, row in ROWS.items() if row.graph is not None and "API" not in name]
 
 
+@contextmanager
+def opened(settings: Settings, home: Path, url: str = "") -> Iterator[Runtime]:
+    kept = replace(settings, paths=replace(settings.paths, home=home), record=replace(settings.record, url=url))
+    with Runtime(kept, engine=ScriptedEngine({"length": LONG, "": "ok"})) as runtime:
+        yield runtime
+    assert (home / "record.db").exists() == (not url)
+
+
 @pytest.fixture(scope="module")
 def on_sqlite(session_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
-    paths = replace(session_settings.paths, home=tmp_path_factory.mktemp("sqlite") / "home")
-    with Runtime(replace(session_settings, paths=paths), engine=ScriptedEngine(["ok"] * 999)) as runtime:
+    with opened(session_settings, tmp_path_factory.mktemp("sqlite") / "home") as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="module")
+def on_postgres(
+    session_settings: Settings, tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres
+) -> Iterator[Runtime]:
+    with opened(session_settings, tmp_path_factory.mktemp("postgres") / "home", postgres_server.database()) as runtime:
         yield runtime
 
 
@@ -538,6 +602,11 @@ def test_the_tree_of_spans(on_sqlite: Runtime, name: str) -> None:
 @pytest.mark.parametrize("name", OWN)
 def test_the_tree_of_spans_where_the_graph_has_a_checkpointer(on_sqlite: Runtime, name: str) -> None:
     assert recorded(Caller(on_sqlite, has_loop=True), name, checkpointer=InMemorySaver()) == ROWS[name].tree
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_tree_of_spans_in_postgres(on_postgres: Runtime, name: str) -> None:
+    assert recorded(Caller(on_postgres, has_loop=True), name) == ROWS[name].tree
 
 
 def recorded(caller: Caller, name: str, checkpointer: Any = None) -> str:
@@ -560,7 +629,10 @@ def drawn(settings: Settings, run_id: str) -> str:
     catch_up(settings, wait=True)
     with open_store(settings) as store:
         spans, balance = store.spans(run_id), store.balance(run_id)
+        named = {key for one in spans for key in (one.input_hash, one.output_hash) if key}
+        cut = {key for key in named if "…[cut: " in str(store.payload(key))}
     assert balance.balanced
+    assert balance.truncated == len(cut)
     assert balance.orphans == sum(bool(one.attributes.get("orphan")) for one in spans)
 
     def under(parent: str) -> str:
@@ -580,6 +652,11 @@ def drawn(settings: Settings, run_id: str) -> str:
             parts.append(f"packet {str(notes['packet']).rpartition('/')[2]}")
         if "route" in notes:
             parts.append(f"→ {notes['route']}")
+        if notes.get("chunks", 0) > 1:
+            assert one.timing.first_token_ms > 0
+            parts.append(f"in {notes['chunks']} chunks")
+        if cut & {one.input_hash, one.output_hash}:
+            parts.append("cut")
         if one.status != "ok":
             parts.append(one.status)
         return " ".join(parts)
