@@ -108,7 +108,7 @@ def test_of_two_deliveries_at_once_one_does_the_work(either_settings: Settings) 
     done: list[str] = []
 
     def only(state: State) -> State:
-        time.sleep(0.3)
+        time.sleep(1.5)  # longer than a lease is waited for
         done.append("only")
         return {"trail": ["only"]}
 
