@@ -125,6 +125,10 @@ class RecordSettings:
         (),
         united=True,
     )
+    keep_runs: int = _about("agentops prune keeps so many of the newest runs; 0 is no limit", 0, low=0, high=10**9)
+    keep_days: float = _about(
+        "agentops prune keeps runs that began in the last so many days; 0 is no limit", 0.0, low=0, high=36_500
+    )
     types: tuple[str, ...] = _about("classes that checkpoints may keep beside those that a graph's state names: module.Class", ())
 
 

@@ -268,6 +268,11 @@ class Store:
         query = select(rows).where(rows.c.experiment_id == experiment_id).order_by(rows.c.place)
         return [CaseRow(**_picked(_CASE, row)) for row in self._all(query)]
 
+    def case_runs(self) -> set[str]:
+        """The ids of all runs that cases of experiments became."""
+        rows = table("experiment_case")
+        return {row.run_id for row in self._all(select(rows.c.run_id).where(rows.c.run_id.is_not(None)).distinct())}
+
     def balance(self, run_id: str) -> Balance:
         """Whether everything that the run emitted is here."""
         spans, payloads = table("span"), table("payload")

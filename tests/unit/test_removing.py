@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -163,13 +164,13 @@ def test_the_file_gets_smaller_and_the_screens_keys_stay(settings: Settings) -> 
         apply(settings, content(value), run(f"run_{at:03}", f"th_{at}", started_ns=at, input_hash=named(value)))
     path = database_path(settings)
     before = path.stat().st_size
-    with open_pages(settings) as pages:
+    with closing(open_pages(settings)) as pages:
         keys = pages.run_lines(pages.run_keys(RunFilter(), "started"))
     with open_writer(settings) as writer:
         writer.remove([f"run_{at:03}" for at in range(0, 60, 2)])
         writer.shrink()
     assert path.stat().st_size < before * 0.9
-    with open_pages(settings) as pages:
+    with closing(open_pages(settings)) as pages:
         left = pages.run_lines(pages.run_keys(RunFilter(), "started"))
     assert left == {key: line for key, line in keys.items() if int(line.id[4:]) % 2}
 
@@ -177,7 +178,7 @@ def test_the_file_gets_smaller_and_the_screens_keys_stay(settings: Settings) -> 
 def test_a_process_gives_again_what_may_have_been_removed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process writes a content once in a while only; one that lives long must not go on naming what is gone."""
     clock = [1000.0]
-    monkeypatch.setattr(recorder.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("agentops.tracer.recorder.time.monotonic", lambda: clock[0])
     tracer = open_tracer(settings, clock=SystemClock(), ids=UlidSource())
     try:
 
