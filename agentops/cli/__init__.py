@@ -14,6 +14,7 @@ import sys
 import typer
 
 from agentops.cli import (
+    backup,
     dataset,
     demo,
     documents,
@@ -51,6 +52,7 @@ for part in (
     stats,
     metrics,
     prune,
+    backup,
     replay,
     erase,
     evaluate,
