@@ -169,6 +169,11 @@ class _Again:
         else:
             loaded = graph if isinstance(graph, LoadedGraph) else adopt_graph(graph, row.graph.removeprefix("python:"))
         loaded = replace(loaded, reference=row.graph)
+        if gone := store.balance(row.id).sampled_out:
+            raise RecordError(
+                f"run {row.id} cannot be replayed: it was sampled out, and {gone} of its spans are gone",
+                hint="its checkpoints are there: agentops fork; what is kept is said by record.sample",
+            )
         if parts := sum(span.redacted for span in store.spans(row.id)):
             raise RecordError(
                 f"run {row.id} cannot be replayed exactly: {parts} parts of its texts were redacted before they were recorded",

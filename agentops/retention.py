@@ -46,6 +46,8 @@ class Plan:
     in_experiments: int = 0
     recent: int = 0
     stay: int = 0
+    thinned: Sequence[str] = ()
+    """Runs that stay and were sampled out: their spans go."""
 
 
 @dataclass(slots=True)
@@ -65,7 +67,8 @@ def plan(settings: Settings, rule: Rule, *, now_ns: int) -> Plan:
     catch_up(settings)
     with open_store(settings) as store:
         runs = store.runs(graph=rule.graph, limit=_ALL)
-        kept = set() if rule.experiments else store.case_runs()
+        bound_ids, sampled_out = store.case_runs(), store.sampled_out()
+        kept = set() if rule.experiments else bound_ids
     beyond = [
         run
         for place, run in enumerate(runs)
@@ -77,7 +80,9 @@ def plan(settings: Settings, rule: Rule, *, now_ns: int) -> Plan:
     recent = [run for run in finished if run.id not in kept and (run.ended_ns or run.started_ns) > now_ns - RECENT_S * 10**9]
     spared = {run.id for run in (*unfinished, *bound, *recent)}
     going = [run for run in reversed(beyond) if run.id not in spared]
-    return Plan(going, len(unfinished), len(bound), len(recent), len(runs) - len(going))
+    old = {run.id for run in runs if (run.ended_ns or now_ns) <= now_ns - RECENT_S * 10**9}
+    thinned = sorted((sampled_out & old) - bound_ids - {run.id for run in going})
+    return Plan(going, len(unfinished), len(bound), len(recent), len(runs) - len(going), thinned)
 
 
 async def prune(settings: Settings, chosen: Plan, *, tell: Callable[[int, int], None] = lambda done, total: None) -> Pruned:
@@ -97,7 +102,10 @@ async def prune(settings: Settings, chosen: Plan, *, tell: Callable[[int, int], 
         await _prune(settings, part, found)
         done += sum(map(len, part.values()))
         tell(done, len(chosen.runs))
-    if found.removed.runs:
+    for at in range(0, len(chosen.thinned), at_once):
+        with open_writer(settings) as writer:
+            found.removed += writer.thin(chosen.thinned[at : at + at_once])
+    if found.removed.spans or found.removed.runs:
         with open_writer(settings) as writer:
             writer.shrink()
     return found

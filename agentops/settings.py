@@ -129,6 +129,9 @@ class RecordSettings:
     keep_days: float = _about(
         "agentops prune keeps runs that began in the last so many days; 0 is no limit", 0.0, low=0, high=36_500
     )
+    sample: tuple[str, ...] = _about(
+        "share of the runs that keep all their spans, of all (0.1) or of a graph's (GRAPH=0.1); what is not done stays whole", ()
+    )
     types: tuple[str, ...] = _about("classes that checkpoints may keep beside those that a graph's state names: module.Class", ())
 
 

@@ -145,7 +145,8 @@ def families(found: Measures, waiting: Backlog, prices: Mapping[str, Price], now
     yield _gauge("runs_unbalanced", "Runs of which something is missing.", sum(one.unbalanced for one in found.graphs.values()))
     for name, about in (
         ("emitted", "Spans that runs have begun."),
-        ("stored", "Spans that are in the store; where all is well, as many as were emitted."),
+        ("stored", "Spans that are in the store; where all is well, with those that were sampled out as many as were emitted."),
+        ("sampled_out", "Spans of done runs that went by the rule of what is sampled."),
         ("faults", "Failures of the recording itself."),
     ):
         counter = Family(f"agentops_{'' if name == 'faults' else 'spans_'}{name}_total", "counter", about)

@@ -41,7 +41,7 @@ def prune(
     settings, now_ns = load_settings(), SystemClock().now_ns()
     if keep_last is None and keep_days is None:
         keep_last, keep_days = settings.record.keep_runs or None, settings.record.keep_days or None
-    if keep_last is None and keep_days is None:
+    if keep_last is None and keep_days is None and not settings.record.sample:
         raise UsageError(
             "there is no rule of what stays", hint="give --keep-last or --keep-days, or set record.keep_runs or record.keep_days"
         )
@@ -56,6 +56,7 @@ def prune(
         "dry_run": dry_run,
         "runs": [run.id for run in chosen.runs],
         "stay": chosen.stay,
+        "sampled_out": list(chosen.thinned),
         "spared": {"unfinished": chosen.unfinished, "in_experiments": chosen.in_experiments, "recent": chosen.recent},
     }
     if not as_json:
@@ -74,7 +75,10 @@ def prune(
         ]
         said = f"{len(chosen.runs):,} runs go, {chosen.stay:,} stay" + (f" (spared: {', '.join(spared)})" if spared else "")
         print(said, file=sys.stdout if dry_run else sys.stderr)
-    if dry_run or not chosen.runs:
+        if chosen.thinned:
+            said = f"of {len(chosen.thinned):,} runs that were sampled out, the spans go"
+            print(said, file=sys.stdout if dry_run else sys.stderr)
+    if dry_run or not (chosen.runs or chosen.thinned):
         if as_json:
             print(json.dumps(report, indent=2))
         return

@@ -281,6 +281,8 @@ def _print_run(console: Console, store: Store, run: RunRow, spans: list[SpanRow]
         console.print(Text.assemble((f"{'fork of':8} ", "dim"), clean(began)))
     balance = store.balance(run.id)
     told = f"{balance.emitted} spans emitted, {balance.stored} stored, {balance.truncated} payloads truncated"
+    if balance.sampled_out:
+        told += f", {balance.sampled_out} sampled out"
     if balance.faults:
         told += f", {balance.faults} faults"
     if balance.orphans:

@@ -273,6 +273,18 @@ class Store:
         rows = table("experiment_case")
         return {row.run_id for row in self._all(select(rows.c.run_id).where(rows.c.run_id.is_not(None)).distinct())}
 
+    def sampled_out(self) -> set[str]:
+        """The ids of done runs that were sampled out and have their spans still."""
+        spans, runs = table("span"), table("run")
+        told = cast(spans.c.attributes, Text)
+        marked = select(spans.c.run_id).where(
+            spans.c.kind == "workflow", told.contains('"sampled"'), ~told.contains('"sampled_out"')
+        )
+        return set(self._column(select(runs.c.id).where(runs.c.status == "done", runs.c.id.in_(marked))))
+
+    def _column(self, query: Select[Any]) -> list[Any]:
+        return [row[0] for row in self._all(query)]
+
     def balance(self, run_id: str) -> Balance:
         """Whether everything that the run emitted is here."""
         spans, payloads = table("span"), table("payload")
@@ -302,6 +314,7 @@ class Store:
             faults=sum(int(attributes.get("faults", 0)) for attributes in roots.values())
             + sum(row.unredacted for row in counted),
             orphans=sum(row.orphans for row in counted),
+            sampled_out=sum(int(attributes.get("sampled_out", 0)) for attributes in roots.values()),
         )
 
 

@@ -39,6 +39,7 @@ class Sums:
 
     emitted: int
     stored: int
+    sampled_out: int
     faults: int
     unbalanced: int
     sittings: Histogram
@@ -81,7 +82,9 @@ def measure(store: Store) -> Measures:
             for row in store._all(select(runs.c.graph, runs.c.status, func.count().label("number")).group_by("graph", "status"))
         },
         graphs={
-            row.graph: Sums(int(row.emitted), int(row.stored), int(row.faults), int(row.unbalanced), _histogram(row))
+            row.graph: Sums(
+                int(row.emitted), int(row.stored), int(row.sampled_out), int(row.faults), int(row.unbalanced), _histogram(row)
+            )
             for row in store._all(_by_graph())
         },
         spans=spans,
@@ -119,13 +122,15 @@ def _by_graph() -> Any:
     told = func.coalesce(roots.c.attributes["emitted"].as_integer(), 0)
     faults = func.coalesce(roots.c.attributes["faults"].as_integer(), 0) + func.coalesce(left_out.c.number, 0)
     emitted = case((told > under.c.last, told), else_=under.c.last)
-    off = case((or_(emitted != under.c.stored, faults > 0), under.c.run_id))
+    sampled_out = func.coalesce(roots.c.attributes["sampled_out"].as_integer(), 0)
+    off = case((or_(emitted != under.c.stored + sampled_out, faults > 0), under.c.run_id))
     graph = func.coalesce(runs.c.graph, "").label("graph")
     return (
         select(
             graph,
             func.sum(emitted).label("emitted"),
             func.sum(under.c.stored).label("stored"),
+            func.sum(sampled_out).label("sampled_out"),
             func.sum(faults).label("faults"),
             func.count(off.distinct()).label("unbalanced"),
             *_buckets(roots.c.duration_ns, roots.c.status != "open"),

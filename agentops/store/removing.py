@@ -104,6 +104,29 @@ def remove(connection: Connection, run_ids: Iterable[str], *, keep_results: bool
     )
 
 
+def thin(connection: Connection, run_ids: Iterable[str]) -> Removed:
+    """Removes all spans of these runs but the workflow spans, which say how many went (`sampled_out`), within the caller's
+    transaction; with them their states, and the contents that nothing else names."""
+    spans, states = table("span"), table("checkpoint")
+    with _listed(connection, "thinned_run", run_ids) as gone:
+        mine = spans.c.run_id.in_(select(gone.c.value))
+        contents = _named(connection, gone)
+        used = select(spans.c.prompt_version, spans.c.prompt_name).where(mine, spans.c.prompt_version.is_not(None))
+        prompts = {(version, name) for version, name in connection.execute(used.distinct())}
+        roots = list(connection.execute(select(spans.c.id, spans.c.attributes).where(mine, spans.c.kind == "workflow")))
+        below = select(spans.c.root_id, func.count().label("count")).where(mine, spans.c.kind != "workflow")
+        counts = {row.root_id: row[1] for row in connection.execute(below.group_by(spans.c.root_id))}
+        connection.execute(delete(states).where(states.c.run_id.in_(select(gone.c.value))))
+        removed = connection.execute(delete(spans).where(mine, spans.c.kind != "workflow")).rowcount
+        for row in roots:
+            told = {**row.attributes, "sampled_out": counts.get(row.id, 0) + int(row.attributes.get("sampled_out", 0))}
+            connection.execute(update(spans).where(spans.c.id == row.id).values(attributes=told))
+    content_count, content_bytes = _remove_contents(connection, contents)
+    return Removed(
+        spans=removed, contents=content_count, content_bytes=content_bytes, prompts=_remove_prompts(connection, prompts)
+    )
+
+
 def shrink(engine: Engine, *, whole: bool = False) -> None:
     """Gives the room of what was removed back. A file of SQLite gets smaller, and what was in it cannot be read from it any more.
 

@@ -140,14 +140,15 @@ class CaseRow:
 class Balance:
     """Whether all that a run told is kept. `emitted` spans were opened, `stored` ones are here; `truncated` payloads were cut;
     `faults` were counted where recording failed, texts that could not be redacted and were left out among them; `orphans` are
-    spans whose place in the graph is not known."""
+    spans whose place in the graph is not known; `sampled_out` ones went by the rule of `record.sample`."""
 
     emitted: int
     stored: int
     truncated: int
     faults: int
     orphans: int = 0
+    sampled_out: int = 0
 
     @property
     def balanced(self) -> bool:
-        return self.emitted == self.stored and self.faults == 0
+        return self.emitted == self.stored + self.sampled_out and self.faults == 0

@@ -21,7 +21,7 @@ from sqlmodel import AutoString
 
 from agentops.settings import Settings
 from agentops.store.opening import Database, json_text, open_database
-from agentops.store.removing import Removed, remove, shrink
+from agentops.store.removing import Removed, remove, shrink, thin
 from agentops.store.tables import table
 
 log = logging.getLogger("agentops.store")
@@ -129,6 +129,11 @@ class StoreWriter:
         """
         with self._engine.begin() as connection:
             return remove(connection, run_ids, keep_results=keep_results)
+
+    def thin(self, run_ids: Iterable[str]) -> Removed:
+        """Removes the spans of runs that were sampled out, see `removing.thin`; of recent ones as for `remove`."""
+        with self._engine.begin() as connection:
+            return thin(connection, run_ids)
 
     def shrink(self, *, whole: bool = False) -> None:
         """Gives the room of what was removed back, see `removing.shrink`; for a big record it takes a while."""

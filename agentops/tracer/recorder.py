@@ -24,6 +24,7 @@ from agentops.tracer.journal import Event, Journal
 from agentops.tracer.meter import Meter
 from agentops.tracer.payload import counted, encode, pack, redacted, to_plain
 from agentops.tracer.redaction import Redactor, load_redactor
+from agentops.tracer.sampling import load_sampling
 from agentops.tracer.trace import RunTrace
 
 log = logging.getLogger("agentops.tracer")
@@ -54,6 +55,7 @@ class Tracer:
         self.drainer = drainer
         self.faults = 0
         self._lock = threading.Lock()
+        self.sampling = load_sampling(settings)
         self._known: OrderedDict[str, float] = OrderedDict()
 
     def start_run(

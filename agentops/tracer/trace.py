@@ -302,6 +302,9 @@ class RunTrace:
         for span in reversed(left):
             if span is self._root:
                 span.set(emitted=self._emitted, faults=self._faults)
+                if status == "done" and not self._faults and not self.tracer.sampling.keeps(self.run_id, self._row["graph"]):
+                    # Its spans go when runs are pruned next: what is on record by then is more than the journal knows.
+                    span.set(sampled="out")
                 span.row["output_hash"] = row.get("output_hash")
                 if "pending_hash" in row:
                     span.set(pending=row["pending_hash"])
