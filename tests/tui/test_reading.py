@@ -9,17 +9,18 @@ import time
 from typing import Any
 
 import pytest
-from textual.widgets import Input
+from textual.widgets import Input, Static
 from tui_app import drawn, opened, press, said, settle
 from tui_record import NOW, SECOND, Seeds, answered, many, small
 
-from agentops import Settings
+from agentops import Runtime, ScriptedEngine, Settings
 from agentops.errors import RecordError, UsageError
 from agentops.store.opening import database_path
 from agentops.store.pages import Pages, RunFilter, SpanLine, open_pages
 from tui.app import TerminalApp
 from tui.query import LONGEST, parse
 from tui.screens.engine import engine_parts
+from tui.screens.run import RunScreen
 from tui.state import FILE, load_state
 from tui.text import as_text
 from tui.verbs import memory_bytes
@@ -28,6 +29,22 @@ from tui.widgets.table import Table
 from tui.widgets.trace import Outline, Trace
 
 BAD_FILTERS = ("since:999999w", "since:0001-01-02", "since:9999-12-31", "a\ud800", "a\x00b", "\x1b]0;t\x07x", "x " * 2_000)
+
+
+def _two_nodes() -> Any:
+    from typing import TypedDict
+
+    from langgraph.graph import START, StateGraph
+
+    class State(TypedDict, total=False):
+        x: int
+
+    builder: Any = StateGraph(State)
+    builder.add_sequence([("a", lambda state: {"x": 2}), ("b", lambda state: {"x": 3})])
+    return builder.add_edge(START, "a").compile()
+
+
+_TWO_NODES = _two_nodes()
 
 
 def shown(app: TerminalApp) -> list[str]:
@@ -332,3 +349,22 @@ async def test_an_answer_for_a_screen_that_is_being_taken_down_is_dropped(
         for node in app.screen.walk_children(with_self=True):
             node._pruning = False
     assert reached == ["while it stands"]
+
+
+async def test_a_run_of_which_something_is_missing_says_so_in_red(settings: Settings) -> None:
+    with Runtime(settings, engine=ScriptedEngine()) as runtime:
+        whole, holed = (runtime.run(_TWO_NODES, {"x": 1}).run_id for _ in range(2))
+    with sqlite3.connect(database_path(settings)) as writer:
+        writer.execute("DELETE FROM span WHERE run_id = ? AND kind = 'node' AND name = 'b'", [holed])
+    writer.close()
+    for run, told in ((whole, False), (holed, True)):
+        async with opened(settings) as (app, pilot):
+            app.push_screen(RunScreen(run))
+            await settle(pilot)
+            head = app.screen.query_one("#head", Static)
+            await wait_for(pilot, lambda head=head: "done" in str(head.content))
+            if told:
+                await wait_for(pilot, lambda head=head: "NOT BALANCED: 3 spans emitted, 2 stored" in str(head.content))
+            else:
+                await pilot.pause(0.5)
+                assert "BALANCED" not in str(head.content)

@@ -12,6 +12,7 @@ from textual.containers import Container
 from textual.timer import Timer
 from textual.widgets import Static
 
+from agentops.store import Balance
 from agentops.store.pages import Pages, RunLine
 from agentops.text import count, duration, moment, short_name
 from tui.actions import bindings
@@ -22,6 +23,7 @@ from tui.widgets.detail import Detail, Part, span_parts
 from tui.widgets.trace import Outline, Trace
 
 _DETAIL_S = 0.08
+_AT_WORK = ("running", "queued")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class RunScreen(Base):
         self.run_id = run_id
         self._span = span
         self._run: RunLine | None = None
+        self._missing = ""
         self._last = 0
         self._following = False
         self._pause: Timer | None = None
@@ -88,9 +91,19 @@ class RunScreen(Base):
         if self._following and news:
             trace.go_to_newest()
         self._show_head()
+        if news and found.run is not None and found.run.status not in _AT_WORK:
+            self.ask("balance", lambda pages: pages.balance(self.run_id), self._weigh, calm=True)
         self.show_nothing(not trace.line_count, instead_of=self.query_one("#halves"))
         if news:
             self._show_detail()
+
+    def _weigh(self, balance: Balance) -> None:
+        """Says so where the record does not have all that the run told."""
+        self._missing = ""
+        if not balance.balanced:
+            kept = f"{balance.stored:,} stored" + (f", {balance.sampled_out:,} sampled out" if balance.sampled_out else "")
+            self._missing = f"NOT BALANCED: {balance.emitted:,} spans emitted, {kept}, {balance.faults:,} faults of the recording"
+        self._show_head()
 
     def _show_head(self) -> None:
         run = self._run
@@ -107,6 +120,8 @@ class RunScreen(Base):
         text.append(f"\n{flatten(second)}", style="not bold")
         if run.error:
             text.append(f"\n{flatten(run.error)}", style="red")
+        if self._missing:
+            text.append(f"\n{self._missing}", style="bold red")
         self.query_one("#head", Static).update(text)
 
     def _tick(self) -> None:
