@@ -39,12 +39,13 @@ class Rule:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The runs that a rule lets go, oldest first, and how many it would but for what they are: not at their end, of an
-    experiment, or just ended."""
+    experiment, just ended, or pinned."""
 
     runs: Sequence[RunRow] = ()
     unfinished: int = 0
     in_experiments: int = 0
     recent: int = 0
+    pinned: int = 0
     stay: int = 0
     thinned: Sequence[str] = ()
     """Runs that stay and were sampled out: their spans go."""
@@ -67,13 +68,15 @@ def plan(settings: Settings, rule: Rule, *, now_ns: int) -> Plan:
     catch_up(settings)
     with open_store(settings) as store:
         runs = store.runs(graph=rule.graph, limit=_ALL)
-        bound_ids, sampled_out = store.case_runs(), store.sampled_out()
+        bound_ids, sampled_out, pins = store.case_runs(), store.sampled_out(), store.pinned()
         kept = set() if rule.experiments else bound_ids
     beyond = [
         run
         for place, run in enumerate(runs)
         if (rule.runs is not None and place >= rule.runs) or (rule.since_ns is not None and run.started_ns < rule.since_ns)
     ]
+    pinned = [run for run in beyond if run.id in pins]
+    beyond = [run for run in beyond if run.id not in pins]
     unfinished = [run for run in beyond if run.status in _UNFINISHED]
     finished = [run for run in beyond if run.status not in _UNFINISHED]
     bound = [run for run in finished if run.id in kept]
@@ -81,8 +84,9 @@ def plan(settings: Settings, rule: Rule, *, now_ns: int) -> Plan:
     spared = {run.id for run in (*unfinished, *bound, *recent)}
     going = [run for run in reversed(beyond) if run.id not in spared]
     old = {run.id for run in runs if (run.ended_ns or now_ns) <= now_ns - RECENT_S * 10**9}
-    thinned = sorted((sampled_out & old) - bound_ids - {run.id for run in going})
-    return Plan(going, len(unfinished), len(bound), len(recent), len(runs) - len(going), thinned)
+    thinned = sorted((sampled_out & old) - bound_ids - pins - {run.id for run in going})
+    stay = len(runs) - len(going)
+    return Plan(going, len(unfinished), len(bound), len(recent), len(pinned), stay, thinned)
 
 
 async def prune(settings: Settings, chosen: Plan, *, tell: Callable[[int, int], None] = lambda done, total: None) -> Pruned:

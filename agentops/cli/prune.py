@@ -1,4 +1,4 @@
-"""The verb `prune`: takes runs out of the record by a rule."""
+"""The verbs `prune`, which takes runs out of the record by a rule, `pin` and `unpin`, which say what stays."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ _DAY_NS = int(timedelta(days=1).total_seconds()) * 10**9
 
 def register(app: typer.Typer) -> None:
     app.command()(prune)
+    app.command()(pin)
+    app.command()(unpin)
 
 
 def prune(
@@ -57,7 +59,12 @@ def prune(
         "runs": [run.id for run in chosen.runs],
         "stay": chosen.stay,
         "sampled_out": list(chosen.thinned),
-        "spared": {"unfinished": chosen.unfinished, "in_experiments": chosen.in_experiments, "recent": chosen.recent},
+        "spared": {
+            "unfinished": chosen.unfinished,
+            "in_experiments": chosen.in_experiments,
+            "recent": chosen.recent,
+            "pinned": chosen.pinned,
+        },
     }
     if not as_json:
         for run in chosen.runs[:20] if dry_run else ():
@@ -69,6 +76,7 @@ def prune(
             for count, why in (
                 (chosen.unfinished, "not at their end"),
                 (chosen.in_experiments, "of experiments"),
+                (chosen.pinned, "pinned"),
                 (chosen.recent, f"ended in the last {retention.RECENT_S // 60} minutes"),
             )
             if count
@@ -99,3 +107,33 @@ def prune(
     )
     if done.busy:
         print(f"in use, still there: {clean(', '.join(done.busy[:5]))}{', ...' if len(done.busy) > 5 else ''}")
+
+
+_RUN = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, a unique beginning of it, or the word last.")]
+_JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def pin(run: _RUN, as_json: _JSON = False) -> None:
+    """Let a run stay, whatever the rule of agentops prune says."""
+    _pinned(run, True, as_json)
+
+
+def unpin(run: _RUN, as_json: _JSON = False) -> None:
+    """Let a pinned run go when the rule says so."""
+    _pinned(run, False, as_json)
+
+
+def _pinned(run: str, stays: bool, as_json: bool) -> None:
+    from agentops.cli.record import _record
+    from agentops.clock import SystemClock
+    from agentops.settings import load_settings
+    from agentops.store import open_writer
+
+    with _record() as store:
+        found = store.run(run).id
+    with open_writer(load_settings()) as writer:
+        if stays:
+            writer.pin(found, SystemClock().now_ns())
+        else:
+            writer.unpin(found)
+    print(json.dumps({"run": found, "pinned": stays}) if as_json else f"{found}: {'pinned' if stays else 'not pinned'}")

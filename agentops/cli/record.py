@@ -256,6 +256,7 @@ def _as_json(store: Store, run: RunRow, spans: list[SpanRow], full: set[str]) ->
     balance = store.balance(run.id)
     return {
         "run": with_content(run, True),
+        "pinned": run.id in store.pinned(),
         "balance": {**dataclasses.asdict(balance), "balanced": balance.balanced},
         "spans": [with_content(span, span.id in full) for span in spans],
     }
@@ -279,6 +280,8 @@ def _print_run(console: Console, store: Store, run: RunRow, spans: list[SpanRow]
         inside = f" of {root['forked_in']}" if "forked_in" in root else ""
         began = f"{root['forked_from']}, after step {root['forked_step']}{inside} (checkpoint {root['forked_at']})"
         console.print(Text.assemble((f"{'fork of':8} ", "dim"), clean(began)))
+    if run.id in store.pinned():
+        console.print(Text.assemble((f"{'pinned':8} ", "dim"), "stays whatever agentops prune is told"))
     balance = store.balance(run.id)
     told = f"{balance.emitted} spans emitted, {balance.stored} stored, {balance.truncated} payloads truncated"
     if balance.sampled_out:

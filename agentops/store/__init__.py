@@ -273,6 +273,10 @@ class Store:
         rows = table("experiment_case")
         return {row.run_id for row in self._all(select(rows.c.run_id).where(rows.c.run_id.is_not(None)).distinct())}
 
+    def pinned(self) -> set[str]:
+        """The ids of the runs that stay whatever the rule of retention says."""
+        return set(self._column(select(table("pin").c.run_id)))
+
     def sampled_out(self) -> set[str]:
         """The ids of done runs that were sampled out and have their spans still."""
         spans, runs = table("span"), table("run")

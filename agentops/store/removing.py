@@ -90,7 +90,8 @@ def remove(connection: Connection, run_ids: Iterable[str], *, keep_results: bool
             dead_scores = dead_scores.where(scores.c.experiment_id.is_(None))
         counted = {"scores": connection.execute(dead_scores).rowcount}
         connection.execute(update(cases).where(having(cases.c.run_id)).values(run_id=None))
-        connection.execute(delete(table("checkpoint")).where(having(table("checkpoint").c.run_id)))
+        for name in ("checkpoint", "pin"):
+            connection.execute(delete(table(name)).where(having(table(name).c.run_id)))
         counted["spans"] = connection.execute(delete(spans).where(having(spans.c.run_id))).rowcount
         counted["runs"] = connection.execute(delete(runs).where(having(runs.c.id))).rowcount
     dead_threads = _without_runs(connection, threads)

@@ -185,6 +185,13 @@ class ExperimentCase(SQLModel, table=True):
     error: str | None = _text()
 
 
+class Pin(SQLModel, table=True):
+    """A run that stays whatever the rule of retention says."""
+
+    run_id: str = Field(primary_key=True)
+    ns: int = _ns()
+
+
 class JournalPosition(SQLModel, table=True):
     """How far a journal segment has been read; `lost` counts its damaged records."""
 

@@ -130,6 +130,17 @@ class StoreWriter:
         with self._engine.begin() as connection:
             return remove(connection, run_ids, keep_results=keep_results)
 
+    def pin(self, run_id: str, ns: int) -> None:
+        """The run stays whatever the rule of retention says; pinning twice changes nothing."""
+        with self._engine.begin() as connection:
+            self._upsert(connection, "pin", [{"run_id": run_id, "ns": ns}])
+
+    def unpin(self, run_id: str) -> bool:
+        """The run goes when the rule says so; False where it was not pinned."""
+        pins = table("pin")
+        with self._engine.begin() as connection:
+            return connection.execute(delete(pins).where(pins.c.run_id == run_id)).rowcount > 0
+
     def thin(self, run_ids: Iterable[str]) -> Removed:
         """Removes the spans of runs that were sampled out, see `removing.thin`; of recent ones as for `remove`."""
         with self._engine.begin() as connection:

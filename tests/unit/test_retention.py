@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from agentops import retention
 from agentops.checkpoints import checkpoint_folder, lease
 from agentops.cli import app
+from agentops.errors import RunNotFound
 from agentops.settings import Settings
 from agentops.store import open_store
 from agentops.sync import run_sync
@@ -75,6 +76,28 @@ def test_a_rule_lets_go_what_is_beyond_any_of_its_limits(recorded: Settings) -> 
     chosen = retention.plan(recorded, retention.Rule(runs=0), now_ns=NOW)
     assert [one.id for one in chosen.runs] == ["run_5", "run_4", "run_1"]
     assert (chosen.unfinished, chosen.in_experiments, chosen.recent, chosen.stay) == (1, 1, 1, 3)
+
+
+def test_a_pinned_run_stays_until_it_is_pinned_no_more(recorded: Settings) -> None:
+    environment = {"AGENTOPS_PATHS_HOME": str(recorded.paths.home)}
+
+    def told(*arguments: str) -> Any:
+        done = CliRunner().invoke(app, [*arguments, "--json"], env=environment)
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    for _ in range(2):
+        assert told("pin", "run_5") == {"run": "run_5", "pinned": True}
+    assert told("show", "run_5")["pinned"]
+    chosen = retention.plan(recorded, retention.Rule(runs=0), now_ns=NOW)
+    assert (chosen.pinned, [one.id for one in chosen.runs]) == (1, ["run_4", "run_1"])
+    prune(recorded, runs=0)
+    assert "run_5" in left(recorded)
+    assert told("unpin", "run_5") == {"run": "run_5", "pinned": False}
+    assert not told("show", "run_5")["pinned"]
+    prune(recorded, runs=0)
+    assert "run_5" not in left(recorded)
+    assert isinstance(CliRunner().invoke(app, ["pin", "run_9"], env=environment).exception, RunNotFound)
 
 
 def test_runs_go_with_the_checkpoints_of_threads_that_have_no_other(recorded: Settings) -> None:
