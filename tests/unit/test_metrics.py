@@ -327,8 +327,12 @@ def test_the_verb_serves_until_it_is_stopped(recorded: Settings, environment: di
         assert "take another port" in refused.stderr
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
-        assert f"http://localhost:{port}/metrics" in process.stderr.readline()
-        assert asked(port)[0] == 200
-        process.send_signal(2)
-        assert process.wait(10) == 0
-        assert process.stderr.read() == ""
+        try:
+            assert f"http://localhost:{port}/metrics" in process.stderr.readline()
+            assert asked(port)[0] == 200
+            process.send_signal(2)
+            assert process.wait(10) == 0
+            assert process.stderr.read() == ""
+        finally:
+            # Leaving the block waits for it, and whoever ignores the signal would hold up all other tests.
+            process.kill()
