@@ -15,6 +15,7 @@
     │   ├── InputTooLarge
     │   ├── ConstraintInvalid
     │   ├── EngineOverloaded
+    │   ├── DeadlinePassed            the request's time was over before its answer was whole
     │   └── EngineClosed
     ├── GraphError
     │   ├── GraphNotFound
@@ -131,6 +132,10 @@ class EngineOverloaded(EngineError):
     def __init__(self, message: str, *, retry_after_s: float, hint: str = "") -> None:
         super().__init__(message, hint=hint or f"try again in about {retry_after_s:.1f} s")
         self.retry_after_s = retry_after_s
+
+
+class DeadlinePassed(EngineError):
+    """There was no whole answer `deadline_s` seconds after the request; it was ended and holds nothing any more."""
 
 
 class EngineClosed(EngineError):

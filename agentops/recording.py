@@ -26,6 +26,7 @@ from agentops.records import (
     Completion,
     Delta,
     Document,
+    Footprint,
     Generation,
     Hit,
     Leg,
@@ -323,16 +324,21 @@ class ReplayedEngine:
             raise _raised(span)
         made = self._recording.content(span.attributes.get("result"))
         choices = tuple(ChoiceScore(one["text"], tuple(one["logprobs"])) for one in made["choices"])
-        return Scores(choices, Usage(**made["usage"]), Timing(**made["timing"]), made["model"], made["device"])
+        return Scores(choices, model=made["model"], device=made["device"], **_measures(made))
 
     async def close(self) -> None:
         return
 
 
 def _generation(made: dict[str, Any]) -> Generation:
-    whole = {"usage": Usage(**made["usage"]), "timing": Timing(**made["timing"])}
+    whole = _measures(made)
     others = tuple(Completion(**{**one, **_listed(one)}) for one in made.get("others", ()))
     return Generation(**{**made, **_listed(made), **whole, "others": others})
+
+
+def _measures(made: dict[str, Any]) -> dict[str, Any]:
+    footprint = Footprint(**made.get("footprint", {}))
+    return {"usage": Usage(**made["usage"]), "timing": Timing(**made["timing"]), "footprint": footprint}
 
 
 def _listed(made: dict[str, Any]) -> dict[str, Any]:

@@ -77,6 +77,8 @@ class Request:
     and of these the fewest whose shares reach `top_p`. `top_logprobs` asks for so many likeliest tokens at each place.
     `n` answers are made from one prompt, which is computed once; what is streamed is the first of them. Requests of different
     `thread`s take turns, so that none waits for all that another has asked; inside a run it is the run's, where none is given.
+    Those of a higher `priority` go first all the same. What has no whole answer `deadline_s` seconds after it was asked ends with
+    `DeadlinePassed`; 0 is no deadline.
     """
 
     messages: tuple[Message, ...] = ()
@@ -98,6 +100,8 @@ class Request:
     top_logprobs: int = 0
     n: int = 1
     thread: str = ""
+    priority: int = 0
+    deadline_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +128,38 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Where a call's time went. `first_token_ms` counts from when the request arrived."""
+    """Where a call's time went, or the sum of several. `first_token_ms` counts from when the request arrived."""
 
     queue_ms: float = 0.0
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     first_token_ms: float = 0.0
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(
+            self.queue_ms + other.queue_ms,
+            self.prefill_ms + other.prefill_ms,
+            self.decode_ms + other.decode_ms,
+            self.first_token_ms + other.first_token_ms,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a call held, and what its engine held when the call ended. Blocks are those of the KV cache: the call's own, and the
+    pool's in use (pinned ones among them), cached and free. `waiting` requests stood in the queue. `peak_memory_bytes` is the
+    process's, on a GPU what was taken there. `energy_mj` is what the whole card used meanwhile, 0 where it is not measured;
+    `shared` says that others were computed meanwhile, so that it is not this call's alone."""
+
+    blocks: int = 0
+    used_blocks: int = 0
+    pinned_blocks: int = 0
+    cached_blocks: int = 0
+    free_blocks: int = 0
+    waiting: int = 0
+    peak_memory_bytes: int = 0
+    energy_mj: int = 0
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +189,7 @@ class Generation:
     logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     others: tuple[Completion, ...] = ()
+    footprint: Footprint = Footprint()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +201,16 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """Asks for the log-probability of each of `choices` after the same prefix (chat `messages` or plain `text`)."""
+    """Asks for the log-probability of each of `choices` after the same prefix (chat `messages` or plain `text`); the rest as in
+    `Request`."""
 
     choices: tuple[str, ...]
     messages: tuple[Message, ...] = ()
     text: str | None = None
     tenant: str = ""
     thread: str = ""
+    priority: int = 0
+    deadline_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +238,7 @@ class Scores:
     timing: Timing
     model: str
     device: str
+    footprint: Footprint = Footprint()
 
     @property
     def best(self) -> ChoiceScore:

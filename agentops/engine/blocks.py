@@ -1,15 +1,26 @@
 """The KV cache's book-keeping: which block of positions belongs to whom, and which prefix a block already holds.
 
 A block stands for `size` neighbouring positions. Blocks are counted by reference; a block nobody holds whose content is
-known stays cached until its place is needed, the longest unused first. The index is keyed by namespace (model revision,
-tenant) and by the tokens themselves, compared one by one, so that neither a hash collision nor another tenant's request
-can ever hit. It holds no tensors, knows no sequences and is owned by one thread.
+known stays cached until its place is needed, the longest unused first. The index is keyed by namespace and by the tokens
+themselves, compared one by one, so that neither a hash collision nor another tenant's request can ever hit. It holds no
+tensors, knows no sequences and is owned by one thread.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+
+class Namespace(NamedTuple):
+    """Whose blocks may be whose: those of one model as it is computed, of one adapter on it, and of one tenant, whose name is the
+    salt. The engine has no adapters yet, so that theirs is empty."""
+
+    revision: str
+    adapter: str
+    salt: str
+
 
 Node = Hashable
 """A place in the prefix index: a namespace at the root, then one node a block of tokens."""
@@ -137,3 +148,42 @@ class BlockPool:
         block, _ = self._cached.popitem(last=False)
         del self._index[self._keys.pop(block)]
         return block
+
+
+class Pins:
+    """Prefixes whose blocks stay, whether or not a request holds them: `limit` blocks at most, each counted once."""
+
+    def __init__(self, pool: BlockPool, limit: int) -> None:
+        self.limit = limit
+        self._pool = pool
+        self._held: dict[tuple[Hashable, tuple[int, ...]], list[int]] = {}
+        self._holders: Counter[int] = Counter()
+
+    @property
+    def blocks(self) -> int:
+        return len(self._holders)
+
+    def pin(self, namespace: Hashable, tokens: Sequence[int]) -> int:
+        """Holds all whole blocks of `tokens` that are known, and returns how many; pinning twice is pinning once.
+
+        Raises:
+            NoRoom: more blocks than `limit` would be held; what was pinned stays as it was.
+        """
+        held, _ = self._pool.match(namespace, tokens, len(tokens) // self._pool.size)
+        if len(self._holders.keys() | set(held)) > self.limit:
+            self._pool.release(held)
+            raise NoRoom
+        self.unpin(namespace, tokens)
+        self._held[namespace, self._whole(tokens)] = held
+        self._holders.update(held)
+        return len(held)
+
+    def unpin(self, namespace: Hashable, tokens: Sequence[int]) -> int:
+        """Lets go of what was pinned for exactly these tokens; returns how many blocks that were, 0 where it was not pinned."""
+        held = self._held.pop((namespace, self._whole(tokens)), [])
+        self._holders -= Counter(held)
+        self._pool.release(held)
+        return len(held)
+
+    def _whole(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        return tuple(tokens[: len(tokens) // self._pool.size * self._pool.size])

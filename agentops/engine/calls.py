@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Tokens
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from agentops.records import (
     Completion,
     Delta,
     FinishReason,
+    Footprint,
     Generation,
     ModelInfo,
     ScoreRequest,
@@ -35,12 +37,24 @@ Event = Delta | Generation | Scores | Exception
 class Call:
     """Common to both: the root sequence, the way back to the caller, and when what happened."""
 
+    made = 0
+    """Tokens that were made for it so far."""
+    trimmed = 0
+
     def __init__(self, sequence: Sequence, send: Callable[[Event], None], info: ModelInfo, clock: Clock) -> None:
         self.sequence = sequence
         self.send = send
         self.over = False
         self.ended: list[Sequence] = []
         """Sequences that need no more steps while others of the call go on."""
+        self.blocks = 0
+        """How many it was given."""
+        self.shared = False
+        """Whether others were at work at the same time."""
+        self.deadline: int | None = None
+        self.pins, self.pinned = False, 0
+        """Whether the blocks of its prompt are to stay, and how many do."""
+        self.energy_mj = 0
         self._events: list[Event] = []
         self._info, self._clock = info, clock
         self.arrived = clock.monotonic_ns()
@@ -50,26 +64,39 @@ class Call:
         for fork in sequence.forks:
             fork.owner = self
 
-    def start(self) -> None:
+    def start(self, energy_mj: int) -> None:
         """The first of its tokens are about to be computed."""
-        if self.admitted is None:
-            self.admitted = self._clock.monotonic_ns()
+        self.admitted = self._clock.monotonic_ns()
+        self.energy_mj = energy_mj
+        self.blocks = len({block for part in (self.sequence, *self.sequence.forks) for block in part.table})
 
-    def take(self, sequence: Sequence, first: int, logits: Logits) -> int:
-        """Logits (rows, vocabulary) of the sequence's tokens from number `first` on; returns how many tokens it made."""
+    def take(self, sequence: Sequence, first: int, logits: Logits) -> None:
+        """Logits (rows, vocabulary) of the sequence's tokens from number `first` on."""
         raise AssertionError("a Call is a GenerateCall or a ScoreCall")
 
-    def deliver(self) -> None:
-        """Sends what `take` had to say."""
+    def deliver(self, footprint: Footprint | None = None) -> None:
+        """Sends what `take` had to say; the last of it with the footprint."""
         for event in self._events:
+            if footprint is not None and isinstance(event, Generation | Scores):
+                event = replace(event, footprint=footprint)
             self.send(event)
         self._events = []
+
+    @property
+    def usage(self) -> Usage:
+        """What it has cost until now, whether or not it comes to an answer."""
+        root = self.sequence
+        computed = max(0, min(root.computed, root.inputs) - root.cached)
+        cached = root.cached if computed else 0
+        computed += sum(max(0, min(fork.computed, fork.inputs) - root.fork_at) for fork in root.forks)
+        return Usage(cached + computed, self.made, cached, computed, self.trimmed)
 
     def _seen(self) -> None:
         if self._first is None:
             self._first = self._clock.monotonic_ns()
 
-    def _timing(self) -> Timing:
+    @property
+    def timing(self) -> Timing:
         now = self._clock.monotonic_ns()
         admitted = self.admitted or now
         first = self._first or now
@@ -150,21 +177,22 @@ class GenerateCall(Call):
             share=share,
         )
         super().__init__(sequence, send, info, clock)
-        self._max_tokens, self._trimmed, self._ends = max_tokens, trimmed, ends
+        self.trimmed, self._max_tokens, self._ends = trimmed, max_tokens, ends
         self._drafts = drafts
         self._draft_of = dict(zip((sequence, *forks), drafts, strict=False))
 
-    def take(self, sequence: Sequence, first: int, logits: Logits) -> int:
+    def take(self, sequence: Sequence, first: int, logits: Logits) -> None:
         """Chooses the next token from the last row; every draft's first one from the prompt's."""
         self._seen()
         if self._max_tokens == 0:
             self._finish()
-            return 0
+            return
         begins = not self._drafts[0].tokens
         parts = (sequence, *sequence.forks) if begins else (sequence,)
         for part in parts:
             draft = self._draft_of[part]
             text = draft.add(logits[-1], self._ends, self._max_tokens)
+            self.made += 1
             if text and draft is self._drafts[0]:
                 self._events.append(Delta(text))
             if draft.reason is None:
@@ -173,19 +201,16 @@ class GenerateCall(Call):
                 self.ended.append(part)
         if all(draft.reason for draft in self._drafts):
             self._finish()
-        return len(parts)
 
     def _finish(self) -> None:
         self.over = True
-        inputs, cached = self.sequence.inputs, self.sequence.cached
         first, *others = (draft.answer() for draft in self._drafts)
-        outputs = sum(len(draft.tokens) for draft in self._drafts)
         self._events.append(
             Generation(
                 text=first.text,
                 finish_reason=first.finish_reason,
-                usage=Usage(inputs, outputs, cached, inputs - cached, self._trimmed),
-                timing=self._timing(),
+                usage=self.usage,
+                timing=self.timing,
                 model=self._info.name,
                 device=self._info.device,
                 tokens=first.tokens,
@@ -232,7 +257,7 @@ class ScoreCall(Call):
         self._choice_of[root] = 0
         super().__init__(root, send, info, clock)
 
-    def take(self, sequence: Sequence, first: int, logits: Logits) -> int:
+    def take(self, sequence: Sequence, first: int, logits: Logits) -> None:
         """Row by row, the logits at token n say how likely token n + 1 was."""
         if first == self._prefix - 1:
             self._seen()
@@ -246,7 +271,6 @@ class ScoreCall(Call):
             self._fill(number, at, log_probabilities(logits, wanted))
         if self._missing == 0:
             self._finish()
-        return 0
 
     def _fill(self, number: int, at: int, values: Tokens[float] | NDArray[np.float32]) -> None:
         self._logprobs[number][at : at + len(values)] = values
@@ -254,10 +278,7 @@ class ScoreCall(Call):
 
     def _finish(self) -> None:
         self.over = True
-        root = self.sequence
-        inputs = root.inputs + sum(fork.inputs - self._prefix for fork in root.forks)
         scored = tuple(
             ChoiceScore(text, tuple(map(float, values))) for text, values in zip(self._texts, self._logprobs, strict=True)
         )
-        usage = Usage(input_tokens=inputs, cached_tokens=root.cached, computed_tokens=inputs - root.cached)
-        self._events.append(Scores(scored, usage, self._timing(), self._info.name, self._info.device))
+        self._events.append(Scores(scored, self.usage, self.timing, self._info.name, self._info.device))

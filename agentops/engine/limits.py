@@ -19,6 +19,7 @@ def check_request(request: Request, input_bytes: int) -> None:
         InputTooLarge: messages or text above `input_bytes`.
     """
     _check_input(request, input_bytes)
+    _within_turn(request)
     _within("max_tokens", request.max_tokens, 0, 10_000_000)
     _within("temperature", request.temperature, 0, 100)
     _within("top_p", request.top_p, 1e-6, 1)
@@ -47,6 +48,7 @@ def check_score_request(request: ScoreRequest, input_bytes: int) -> None:
         UsageError, InputTooLarge: as `check_request`; also for no choices, too many, or an empty one.
     """
     _check_input(request, input_bytes - sum(len(choice.encode(errors="replace")) for choice in request.choices))
+    _within_turn(request)
     if not 1 <= len(request.choices) <= _CHOICES or not all(request.choices):
         raise UsageError(f"a score request has 1 to {_CHOICES:,} choices, none of them empty")
 
@@ -62,6 +64,11 @@ def _check_input(request: Request | ScoreRequest, limit: int) -> None:
             f"the input has more than {max(0, limit):,} bytes ({size:,} characters)",
             hint="shorten the input, or raise engine.input_bytes",
         )
+
+
+def _within_turn(request: Request | ScoreRequest) -> None:
+    _within("priority", request.priority, -1_000, 1_000)
+    _within("deadline_s", request.deadline_s, 0, 10_000_000)
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

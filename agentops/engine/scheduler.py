@@ -4,7 +4,8 @@ Sequences that decode come first, one token each; what is left of the step goes 
 is admitted when all the blocks it can ever need are there, so that none is thrown out half-way. One whose next block is
 being computed by another waits for it and finds it cached.
 
-Nobody is held up by how much another wants. Whoever has least at work is admitted first, and may be beyond the batch. Where
+Nobody is held up by how much another wants: of those of the highest priority, whoever has least at work is admitted first,
+and may be beyond the batch. Where
 several decode, a step takes at most twice as long as one of the smallest of them alone: the others' sequences take turns in
 what is left of it. A prompt is read in pieces so small that those who decode hardly feel it. How long steps take is learned
 from those that were (`Pace`). It holds integers only and is owned by one thread.
@@ -75,7 +76,7 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def plan(self) -> list[Chunk]:
-        """The coming step. Empty only when there is nothing to do."""
+        """The coming step. Empty only when there is nothing to do, or nothing that can be: see `hopeless`."""
         chunks = [Chunk(sequence, sequence.computed, 1) for sequence in self._decoding()]
         budget = _Budget(self._room_for_prompts(len(chunks)), LOGIT_ROWS)
         for sequence in self._least_first([one for one in self.running if one.pending and not _makes(one)]):
@@ -95,6 +96,10 @@ class Scheduler:
             self._turns += 1
             chunk.sequence.turn = self._turns
         return chunks
+
+    def hopeless(self) -> Sequence | None:
+        """Who would wait for ever: nothing is at work whose end could make room, and the first in line has too little."""
+        return None if self.running or not self.waiting else self._least_first(self.waiting)[0]
 
     def took(self, chunks: Iterable[Chunk], seconds: float) -> None:
         """A step of these took that long."""
@@ -131,11 +136,12 @@ class Scheduler:
         return min(self._prefill_tokens, max(self.pool.size, room // self.pool.size * self.pool.size))
 
     def _least_first(self, sequences: Iterable[Sequence]) -> list[Sequence]:
-        """In the order in which they came, but one of each share at a time, those first whose share has least at work."""
+        """By priority; then in the order in which they came, but one of each share at a time, those first whose share has least
+        at work."""
         at_work = Counter(sequence.share for sequence in self.running)
         ranked = []
-        for place, sequence in enumerate(sequences):
-            ranked.append((at_work[sequence.share], place, sequence))
+        for sequence in sorted(sequences, key=lambda one: -one.priority):
+            ranked.append((-sequence.priority, at_work[sequence.share], sequence))
             at_work[sequence.share] += 1
         return [sequence for *_, sequence in sorted(ranked, key=lambda entry: entry[:2])]
 

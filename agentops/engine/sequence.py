@@ -23,6 +23,7 @@ class Sequence:
     inputs: how many tokens it began with; those after them were made by the model.
     private: its blocks are not offered to others.
     share: whose it is: sequences of different shares take turns, those of one stand in line.
+    priority: who has more is admitted and read first, whatever its share.
     turn: when it was last in a step.
     forks, fork_at: private sequences that share the first `fork_at` tokens of this one and start when those are computed.
     """
@@ -37,6 +38,7 @@ class Sequence:
     forks: tuple[Sequence, ...] = ()
     fork_at: int = 0
     share: Hashable = ""
+    priority: int = 0
 
     table: list[int] = field(default_factory=list)
     computed: int = 0

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from agentops.records import Delta, Generation, ModelInfo, Query, Request, Retrieval, ScoreRequest, Scores, SpanStatus
+from agentops.records import Delta, Footprint, Generation, ModelInfo, Query, Request, Retrieval, ScoreRequest, Scores, SpanStatus
 from agentops.tracer.trace import RunTrace, Span, locate
 
 if TYPE_CHECKING:
@@ -129,7 +129,8 @@ def _open(run: RunTrace, parent: str, name: str, request: Request | ScoreRequest
 
 def _keep_result(run: RunTrace, call: Span, result: Generation | Scores) -> None:
     """Everything that the engine said, tokens and their probabilities among it: what a replay answers with."""
-    call.set(device=result.device, result=run.keep(result, of=call))
+    held = {name: value for name in Footprint.__slots__ if (value := getattr(result.footprint, name))}
+    call.set(device=result.device, result=run.keep(result, of=call), **held)
 
 
 def _close_generation(run: RunTrace, call: Span, answer: Generation, chunks: Sequence[str]) -> None:

@@ -103,7 +103,7 @@ async def test_requests_that_come_together_compute_a_shared_beginning_once(opene
     one = max(score.usage.input_tokens for score in scores)
     assert total.computed_tokens < one + 12 * 24
     assert total.cached_tokens + total.computed_tokens == total.input_tokens
-    assert engine.totals == total
+    assert engine.counters.usage == total
 
 
 async def test_many_scores_share_steps(opened: Open) -> None:
@@ -158,7 +158,7 @@ async def test_several_answers_go_their_own_ways_and_give_everything_back(opened
     assert two.others[0].text == four.others[0].text
     assert three.others[0].text != four.others[0].text
     await settled(engine)
-    assert engine.totals.output_tokens == sum(done.usage.output_tokens for done in (four, one, three, two, _))
+    assert engine.counters.usage.output_tokens == sum(done.usage.output_tokens for done in (four, one, three, two, _))
     greedy = await generate(engine, replace(request, n=4, temperature=0.0))
     assert {other.tokens for other in greedy.others} == {greedy.tokens}
     assert greedy.usage.cached_tokens + greedy.usage.computed_tokens == greedy.usage.input_tokens == one.usage.input_tokens
@@ -382,7 +382,7 @@ async def test_spelled_control_tokens_stay_text(opened: Open) -> None:
 async def test_timing_and_totals(opened: Open) -> None:
     engine = opened()
     dones = await asyncio.gather(*(generate(engine, asks(f"number {n} " * n, max_tokens=n)) for n in range(1, 9)))
-    assert engine.totals == sum((done.usage for done in dones), Usage())
+    assert engine.counters.usage == sum((done.usage for done in dones), Usage())
     for done in dones:
         timing = done.timing
         assert min(timing.queue_ms, timing.prefill_ms, timing.decode_ms) >= 0
