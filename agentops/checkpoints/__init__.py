@@ -70,4 +70,5 @@ async def open_checkpointer(held: Lease, types: frozenset[type], told: Told | No
     """
     try_strictness()
     async with held.saver(StrictSerializer(types | named_types(held.settings.record.types))) as saver:
-        yield telling(saver, told) if told else saver
+        saver.told = told
+        yield saver

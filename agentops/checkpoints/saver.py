@@ -29,6 +29,9 @@ Told = Callable[[str, int, str, Any, str], None]
 """Called with a graph's namespace, its step, where the state is from (input, loop, ...), the values of its
 channels, and the checkpoint's id."""
 
+Refused = LeaseLost | tuple[RunnableConfig, Sequence[tuple[str, Any]], str, TypeError]
+"""What came of writes that were not kept: the thread is somebody else's, or what could not be packed, of which task, and why."""
+
 
 class ThreadSaver(BaseCheckpointSaver[str]):
     """What is the same in all places. A class of a place has LangGraph's saver behind this one among its bases.
@@ -42,9 +45,10 @@ class ThreadSaver(BaseCheckpointSaver[str]):
 
     def __init__(self, *of_place: Any, **named: Any) -> None:
         super().__init__(*of_place, **named)
+        self.told: Told | None = None
         # LangGraph does not wait for what a node wrote to be kept, so the step's checkpoint, which comes after it, tells it.
-        self._order = asyncio.Lock()
-        self._refused: list[StateUnfit | LeaseLost] = []
+        self._order: AbstractAsyncContextManager[Any] = asyncio.Lock()
+        self._refused: list[Refused] = []
 
     @abstractmethod
     def _writing(self) -> AbstractAsyncContextManager[None]:
@@ -75,13 +79,16 @@ class ThreadSaver(BaseCheckpointSaver[str]):
         """
         async with self._order:
             if self._refused:
-                raise self._refused.pop()
+                raise await self._told(self._refused.pop())
             try:
                 async with self._writing():
-                    return await super().aput(config, self._kept(checkpoint), metadata, new_versions)
+                    saved = await super().aput(config, self._kept(checkpoint), metadata, new_versions)
             except TypeError as error:
                 where = {"input": "the input", "update": "the update"}.get(metadata.get("source", ""), "the state")
                 raise self._unfit(where, checkpoint["channel_values"].items(), error) from error
+        if self.told is not None:
+            _tell(self.told, config, checkpoint, metadata)
+        return saved
 
     async def aput_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
@@ -99,10 +106,16 @@ class ThreadSaver(BaseCheckpointSaver[str]):
                 self._refused[:] = [lost]
                 raise
             except TypeError as error:
-                node = await self._node(config, task_path)
-                unfit = self._unfit(f"node {node}" if node else "a node", writes, error)
-                self._refused[:] = [unfit]
-                raise unfit from error
+                self._refused[:] = [refused := (config, writes, task_path, error)]
+                raise await self._told(refused) from error
+
+    async def _told(self, refused: Refused) -> StateUnfit | LeaseLost:
+        """What is told of writes that were refused."""
+        if isinstance(refused, LeaseLost):
+            return refused
+        config, writes, task_path, error = refused
+        node = await self._node(config, task_path)
+        return self._unfit(f"node {node}" if node else "a node", writes, error)
 
     def _unfit(self, where: str, values: Iterable[tuple[str, Any]], error: Exception) -> StateUnfit:
         for channel, value in values:
@@ -221,26 +234,27 @@ def _needed(rows: Mapping[_Key, _Kept], kept: Iterable[_Key]) -> set[_Key]:
     return found
 
 
-def telling(saver: S, told: Told) -> S:
-    """The same saver, over the same checkpoints, which calls `told` with every state that it saves."""
-    twin: Any = copy.copy(saver)
+def _tell(told: Told, config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata) -> None:
+    namespace = str(config.get("configurable", {}).get("checkpoint_ns", ""))
+    told(namespace, metadata.get("step", 0), metadata.get("source", "loop"), checkpoint["channel_values"], checkpoint["id"])
 
-    def tell(config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata) -> None:
-        namespace = str(config.get("configurable", {}).get("checkpoint_ns", ""))
-        told(namespace, metadata.get("step", 0), metadata.get("source", "loop"), checkpoint["channel_values"], checkpoint["id"])
+
+def telling(saver: S, told: Told) -> S:
+    """A saver of somebody else's, over the same checkpoints, which calls `told` with every state that it saves."""
+    twin: Any = copy.copy(saver)
 
     async def aput(
         config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata, new_versions: ChannelVersions
     ) -> RunnableConfig:
         saved = await saver.aput(config, checkpoint, metadata, new_versions)
-        tell(config, checkpoint, metadata)
+        _tell(told, config, checkpoint, metadata)
         return saved
 
     def put(
         config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata, new_versions: ChannelVersions
     ) -> RunnableConfig:
         saved = saver.put(config, checkpoint, metadata, new_versions)
-        tell(config, checkpoint, metadata)
+        _tell(told, config, checkpoint, metadata)
         return saved
 
     # A graph that a node calls synchronously writes its checkpoints so.

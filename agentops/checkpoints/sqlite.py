@@ -2,7 +2,10 @@
 
 The lease on a thread is an exclusive lock on a file beside its checkpoints; the system drops it when the process dies.
 With one file a thread there is never a second process writing it, so SQLite's WAL-reset defect (versions 3.7.0 to
-3.51.2) cannot be met. Conversations are for their owner's eyes: folder and files are made so that nobody else can read them.
+3.51.2) cannot be met.
+What is to be written goes to the connection's thread as far as it is there, and onto the disk in one transaction: a step of a
+graph costs one way there and back and one fsync, however many tasks it has. Conversations are for their owner's eyes: folder
+and files are made so that nobody else can read them.
 """
 
 from __future__ import annotations
@@ -10,13 +13,17 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
-import aiosqlite
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import ChannelVersions, Checkpoint, CheckpointMetadata, CheckpointTuple, DeltaChannelHistory
 from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
 from agentops.checkpoints.lease import Lease, busy
@@ -24,7 +31,11 @@ from agentops.checkpoints.saver import ThreadSaver
 from agentops.errors import RecordError, StoreBroken
 from agentops.settings import Settings
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _TAKEN = "another process has taken it"
+_GATHERED_S = 0.001
+"""How long what a task has written waits for what else belongs to its step. The step's checkpoint waits for nothing."""
 _LEASE = "CREATE TABLE IF NOT EXISTS lease (one INTEGER PRIMARY KEY CHECK (one = 1), token INTEGER NOT NULL);"
 _TAKE = "INSERT INTO lease VALUES (1, 1) ON CONFLICT DO UPDATE SET token = token + 1;"
 # Triggers of this connection alone: what LangGraph's saver writes is compared within its own statements, at no further call.
@@ -68,84 +79,263 @@ class _FileLease(Lease):
     async def saver(self, serde: SerializerProtocol) -> AsyncIterator[ThreadSaver]:
         file = checkpoint_folder(self.settings) / f"{self.thread_id}.db"
         _make_private(file)
-        async with aiosqlite.connect(file) as connection:
-            saver = _SqliteSaver(self, connection, serde=serde)
+        thread = ThreadPoolExecutor(1, f"checkpoints-{self.thread_id[:20]}")
+        try:
+            connection = await _there(thread, sqlite3.connect, file, check_same_thread=False)
             try:
-                await saver.setup()
-                await self._fence(connection)
-            except aiosqlite.OperationalError:
-                raise  # the disk is full, or the file is locked: what it holds is not in question
-            except aiosqlite.DatabaseError as error:
-                raise StoreBroken(
-                    f"the checkpoints of thread {self.thread_id} cannot be read: {error}",
-                    hint=f"move {file} away; the thread then starts anew",
-                ) from error
-            try:
-                yield saver
+                saver = _SqliteSaver(self, connection, thread, serde=serde)
+                try:
+                    await _there(thread, self._fence, saver)
+                except sqlite3.OperationalError:
+                    raise  # the disk is full, or the file is locked: what it holds is not in question
+                except sqlite3.DatabaseError as error:
+                    raise StoreBroken(
+                        f"the checkpoints of thread {self.thread_id} cannot be read: {error}",
+                        hint=f"move {file} away; the thread then starts anew",
+                    ) from error
+                try:
+                    yield saver
+                finally:
+                    # LangGraph leaves a run that failed while writes of others are under way: those that have begun come to
+                    # their end.
+                    await asyncio.sleep(0)
+                    await saver.settle()
             finally:
-                # LangGraph leaves a run that failed while writes of others are under way: those that have begun come to their
-                # end. Closed in the middle of one, the connection would keep the file locked for as long as anything holds its
-                # cursor.
-                await asyncio.sleep(0)
-                async with saver.lock:
-                    await connection.rollback()
-                    await connection.close()
+                await _there(thread, connection.close)
+        finally:
+            thread.shutdown(wait=False)
 
-    async def _fence(self, connection: aiosqlite.Connection) -> None:
+    def _fence(self, saver: _SqliteSaver) -> None:
         """
         Raises:
             LeaseLost
         """
+        saver.statements.setup()
+        connection = saver.statements.conn
         # Taken when the thread is first looked at: what others wrote before that is seen.
-        await connection.executescript(f"PRAGMA synchronous=FULL; {_LEASE} {_TAKE if self._token is None else ''}")
-        async with connection.execute("SELECT token FROM lease") as found:
-            newest = [int(token) for (token,) in await found.fetchall()]
+        connection.executescript(f"PRAGMA synchronous=FULL; {_LEASE} {_TAKE if self._token is None else ''}")
+        newest = [int(token) for (token,) in connection.execute("SELECT token FROM lease")]
         if newest != [self._token or newest[0]]:
             raise self.lost(_TAKEN)
         self._token = newest[0]
         fences = (
             _FENCE.format(table=table, change=change, token=self._token, taken=_TAKEN)
-            for table in _SqliteSaver.TABLES
+            for table in saver.TABLES
             for change in ("INSERT", "UPDATE", "DELETE")
         )
-        await connection.executescript("".join(fences))
+        connection.executescript("".join(fences))
 
 
-class _SqliteSaver(ThreadSaver, AsyncSqliteSaver):
+async def _there(thread: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `work` returns in that thread. Once it has begun, it is waited for, cancelled or not."""
+    running = asyncio.get_running_loop().run_in_executor(thread, lambda: work(*args, **kwargs))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+
+
+_Statement = tuple[str, Sequence[Any]]
+
+
+class _Statements(SqliteSaver):
+    """LangGraph's synchronous saver. What it would write is not executed but collected, in the form for `executemany`."""
+
+    def __init__(self, connection: sqlite3.Connection, *, serde: SerializerProtocol) -> None:
+        super().__init__(connection, serde=serde)
+        self._collected: list[_Statement] = []
+
+    @contextmanager
+    def cursor(self, transaction: bool = True) -> Iterator[Any]:
+        if transaction:
+            yield self
+            return
+        with closing(self.conn.cursor()) as cursor:
+            yield cursor
+
+    def execute(self, query: str, arguments: Sequence[Any]) -> None:
+        self.executemany(query, [arguments])
+
+    def executemany(self, query: str, rows: Sequence[Any]) -> None:
+        self._collected.append((query, rows))
+
+    def take(self) -> list[_Statement]:
+        found, self._collected = self._collected, []
+        return found
+
+
+class _OneThread(AsyncSqliteSaver):
+    """LangGraph's synchronous saver for asynchronous callers: values are packed by the caller, and SQLite has a thread."""
+
+    def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor, *, serde: SerializerProtocol) -> None:
+        super().__init__(None, serde=serde)  # type: ignore[arg-type]  # all that would use its connection is below
+        self.statements = _Statements(connection, serde=serde)
+        self._thread = thread
+        self._waiting: list[tuple[list[_Statement], asyncio.Future[None]]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._writer: asyncio.Task[None] | None = None
+
+    async def setup(self) -> None:
+        """It was made with all it needs."""
+
+    async def settle(self) -> None:
+        """Returns when all that was to be written is, or could not be."""
+        self._write()
+        while self._writer is not None:
+            await asyncio.wait([self._writer])
+
+    async def aput(
+        self, config: RunnableConfig, checkpoint: Checkpoint, metadata: CheckpointMetadata, new_versions: ChannelVersions
+    ) -> RunnableConfig:
+        saved = self.statements.put(config, checkpoint, metadata, new_versions)
+        await self._written(self.statements.take(), at_once=True)
+        return saved
+
+    async def aput_writes(
+        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
+    ) -> None:
+        self.statements.put_writes(config, writes, task_id, task_path)
+        await self._written(self.statements.take(), at_once=False)
+
+    async def adelete_thread(self, thread_id: str) -> None:
+        self.statements.delete_thread(thread_id)
+        await self._written(self.statements.take(), at_once=True)
+
+    async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
+        return await self._read(self.statements.get_tuple, config)
+
+    async def alist(
+        self,
+        config: RunnableConfig | None,
+        *,
+        filter: dict[str, Any] | None = None,
+        before: RunnableConfig | None = None,
+        limit: int | None = None,
+    ) -> AsyncIterator[CheckpointTuple]:
+        found = self.statements.list(config, filter=filter, before=before, limit=limit)
+        try:
+            while (one := await self._read(next, found, None)) is not None:
+                yield one
+        finally:
+            with suppress(RuntimeError):  # the thread has come to its end, and the connection with it
+                self._thread.submit(found.close)  # type: ignore[attr-defined]  # it is a generator
+
+    async def aget_delta_channel_history(
+        self, *, config: RunnableConfig, channels: Sequence[str]
+    ) -> Mapping[str, DeltaChannelHistory]:
+        return await self._read(self.statements.get_delta_channel_history, config=config, channels=channels)
+
+    async def _read(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        # What was written before is seen, also where it still waits.
+        self._write()
+        async with self.lock:
+            return await _there(self._thread, work, *args, **kwargs)
+
+    async def _written(self, statements: list[_Statement], *, at_once: bool) -> None:
+        done: asyncio.Future[None] = self.loop.create_future()
+        self._waiting.append((statements, done))
+        if at_once:
+            self._write()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(_GATHERED_S, self._write)
+        await done
+
+    def _write(self) -> None:
+        """Has all that waits written."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting and self._writer is None:
+            # A task of its own: who waits for one of the group may be cancelled.
+            self._writer = self.loop.create_task(self._write_groups())
+
+    async def _write_groups(self) -> None:
+        try:
+            while self._waiting:
+                async with self.lock:
+                    group, self._waiting = self._waiting, []
+                    errors = await _there(self._thread, self._transaction, [statements for statements, _ in group])
+                for (_, done), error in zip(group, errors, strict=True):
+                    if done.done():
+                        continue
+                    if error is None:
+                        done.set_result(None)
+                    else:
+                        done.set_exception(error)
+        finally:
+            self._writer = None
+
+    def _transaction(self, group: list[list[_Statement]]) -> list[sqlite3.Error | None]:
+        """Writes all in one transaction, or, where that fails, each in one of its own; what befell each."""
+        connection = self.statements.conn
+        try:
+            for statements in group:
+                for query, rows in statements:
+                    connection.executemany(query, rows)
+            connection.commit()
+        except sqlite3.Error as error:
+            connection.rollback()
+            if len(group) == 1:
+                return [error]
+            return [self._transaction([one])[0] for one in group]
+        return [None] * len(group)
+
+
+class _SqliteSaver(ThreadSaver, _OneThread):
     TABLES: ClassVar = {
         "checkpoints": "checkpoint_ns, checkpoint_id, parent_checkpoint_id, type, checkpoint, metadata",
         "writes": "checkpoint_ns, checkpoint_id, task_id, task_path, idx, channel, type, value",
     }
 
-    def __init__(self, held: Lease, connection: aiosqlite.Connection, *, serde: SerializerProtocol) -> None:
-        super().__init__(connection, serde=serde)
+    def __init__(
+        self, held: Lease, connection: sqlite3.Connection, thread: ThreadPoolExecutor, *, serde: SerializerProtocol
+    ) -> None:
+        super().__init__(connection, thread, serde=serde)
         self._held = held
+        # What cannot be packed is refused before anything is waited for.
+        self._order = nullcontext()
 
     @asynccontextmanager
     async def _writing(self) -> AsyncIterator[None]:
         try:
             yield
-        except aiosqlite.IntegrityError as error:
-            async with self.lock:
-                await self.conn.rollback()
+        except sqlite3.IntegrityError as error:
             if _TAKEN not in str(error):
                 raise
             raise self._held.lost(_TAKEN) from error
 
     @asynccontextmanager
     async def _changing(self) -> AsyncIterator[Any]:
-        await self.setup()
-        async with self._writing(), self.lock, self.conn.cursor() as cursor:
+        await self.settle()
+        async with self._writing(), self.lock:
+            connection = self.statements.conn
+            cursor = _Cursor(connection.cursor(), self._thread)
             try:
                 yield cursor
-                await self.conn.commit()
+                await _there(self._thread, connection.commit)
             except BaseException:
-                await self.conn.rollback()
+                await _there(self._thread, connection.rollback)
                 raise
 
     async def _threads(self, cursor: Any, run_ids: Sequence[str]) -> list[str]:
         await cursor.execute("SELECT DISTINCT thread_id FROM checkpoints")
         return [str(row[0]) for row in await cursor.fetchall()]
+
+
+class _Cursor:
+    def __init__(self, cursor: sqlite3.Cursor, thread: ThreadPoolExecutor) -> None:
+        self._cursor = cursor
+        self._thread = thread
+
+    async def execute(self, query: str, arguments: Sequence[Any] = ()) -> None:
+        await _there(self._thread, self._cursor.execute, query, arguments)
+
+    async def executemany(self, query: str, rows: Sequence[Sequence[Any]]) -> None:
+        await _there(self._thread, self._cursor.executemany, query, rows)
+
+    async def fetchall(self) -> list[Any]:
+        return await _there(self._thread, self._cursor.fetchall)
 
 
 def _make_private(file: Path) -> None:
