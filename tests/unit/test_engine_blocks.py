@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from agentops.engine.blocks import BlockPool, NoRoom
+from agentops.engine.blocks import BlockPool, Namespace, NoRoom, Pins
 from agentops.engine.scheduler import LOGIT_ROWS, Scheduler
-from agentops.engine.sequence import Sequence
+from agentops.engine.sequence import Chunk, Sequence
 
 SIZE = 4
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=24)
+SALTS = st.sampled_from([Namespace("model", "", "one"), Namespace("model", "", "two"), Namespace("model", "adapter", "one")])
 
 
 def remember(pool: BlockPool, tokens: list[int], namespace: str = "a") -> None:
@@ -250,21 +257,29 @@ def test_a_step_asks_for_a_bounded_number_of_logits() -> None:
 
 
 class Traffic(RuleBasedStateMachine):
-    """Requests that come, are computed, end or are cancelled at any time: everyone is served and the pool comes to rest."""
+    """Requests of several salts that come, are computed, fork, end, are cancelled, or are in a step that crashes, beside prefixes
+    that are pinned: everyone is served or told, nothing leaks, nothing is shared across salts, and the pool comes to rest."""
 
     def __init__(self) -> None:
         super().__init__()
         self.plan = scheduler(blocks=20, max_batch=3, prefill_tokens=7)
+        self.pins = Pins(self.plan.pool, 8)
+        self.pinned: dict[tuple[Namespace, tuple[int, ...]], int] = {}
         self.open: list[Sequence] = []
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=24), room=st.integers(0, 6))
-    def generate(self, tokens: list[int], room: int) -> None:
-        self._add(generating(tokens, room))
+    @rule(tokens=PROMPTS, room=st.integers(0, 6), forks=st.integers(0, 2), salt=SALTS, priority=st.integers(0, 1))
+    def generate(self, tokens: list[int], room: int, forks: int, salt: Namespace, priority: int) -> None:
+        def part(**how: Any) -> Sequence:
+            wanted = len(tokens) - 1 if "forks" in how else len(tokens)
+            return Sequence(salt, list(tokens), wanted, None, room=room, decodes=True, priority=priority, **how)
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12), forks=st.integers(0, 3))
-    def score(self, tokens: list[int], forks: int) -> None:
-        parts = tuple(Sequence("a", [*tokens, 5, 6], len(tokens), None, private=True) for _ in range(forks))
-        self._add(Sequence("a", [*tokens, 4], len(tokens) - 1, None, forks=parts, fork_at=len(tokens)))
+        parts = tuple(part(private=True) for _ in range(forks if room else 0))
+        self._add(part(forks=parts, fork_at=len(tokens) if parts else 0))
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12), forks=st.integers(0, 3), salt=SALTS)
+    def score(self, tokens: list[int], forks: int, salt: Namespace) -> None:
+        parts = tuple(Sequence(salt, [*tokens, 5, 6], len(tokens), None, private=True) for _ in range(forks))
+        self._add(Sequence(salt, [*tokens, 4], len(tokens) - 1, None, forks=parts, fork_at=len(tokens)))
 
     def _add(self, sequence: Sequence) -> None:
         if self.plan.blocks_needed(sequence) <= self.plan.pool.total:
@@ -274,36 +289,110 @@ class Traffic(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         chunks = self.plan.plan()
-        assert chunks or not self.open
-        assert sum(chunk.count for chunk in chunks if chunk.count > 1) <= 7
-        for chunk in chunks:
-            assert chunk.start == chunk.sequence.computed
-            assert self.plan.pool.blocks_for(chunk.start + chunk.count) <= len(chunk.sequence.table)
+        if not chunks and self.open:
+            hopeless = self.plan.hopeless()
+            assert hopeless in self.open
+            assert self.plan.blocks_needed(hopeless) > self.plan.pool.total - self.pins.blocks
+            self._end(hopeless)
+            return
+        self._check(chunks)
         self.plan.advance(chunks)
         for sequence in list(self.open):
-            if sequence.decodes and sequence.table and not sequence.pending:
-                if len(sequence.tokens) < sequence.inputs + sequence.room:
-                    sequence.tokens.append(1)
-                else:
-                    self._end(sequence)
-            elif sequence.table and not sequence.decodes and not any(part.pending for part in (sequence, *sequence.forks)):
-                self._end(sequence)
+            self._extend(sequence)
+
+    def _check(self, chunks: list[Chunk]) -> None:
+        pool = self.plan.pool
+        assert sum(chunk.count for chunk in chunks if chunk.count > 1) <= 7
+        written: list[int] = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            assert chunk.start == sequence.computed
+            assert pool.blocks_for(chunk.start + chunk.count) <= len(sequence.table)
+            reached = range(chunk.start // SIZE, pool.blocks_for(chunk.start + chunk.count))
+            own = {sequence.table[index] for index in reached}
+            written += own
+            # Nobody writes where another reads: forks that have begun have a copy of what their own tokens go on in.
+            for other in (part for root in self.open for part in (root, *root.forks) if part is not sequence):
+                assert not own & {*other.table[: pool.blocks_for(other.computed)]}
+            assert not own & {block for held in self.pins._held.values() for block in held}
+            if sequence.copy_from is not None:
+                assert sequence.copy_from not in sequence.table
+                sequence.copy_from = None
+        assert len(set(written)) == len(written)
+
+    def _extend(self, root: Sequence) -> None:
+        parts = [part for part in (root, *root.forks) if not part.over]
+        if not root.table or any(part.pending for part in parts):
+            return
+        growing = [part for part in parts if len(part.tokens) < part.inputs + part.room]
+        if not growing:
+            self._end(root)
+        for part in growing:
+            part.tokens.append(1)
+
+    @rule()
+    def crash(self) -> None:
+        """A step that was planned is never computed: those in it are ended, and only those."""
+        chunks = self.plan.plan()
+        inside = {chunk.sequence for chunk in chunks}
+        for root in list(self.open):
+            if inside & {root, *root.forks}:
+                self._end(root)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         self._end(self.open[data.draw(st.integers(0, len(self.open) - 1))])
 
+    @precondition(lambda self: any(part.table for root in self.open for part in root.forks))
+    @rule(data=st.data())
+    def end_one_of_several(self, data: st.DataObject) -> None:
+        forks = [part for root in self.open for part in root.forks if part.table and part.computed]
+        if forks:
+            self.plan.retire([data.draw(st.sampled_from(range(len(forks))).map(forks.__getitem__))])
+
+    @rule(tokens=PROMPTS, salt=SALTS)
+    def pin(self, tokens: list[int], salt: Namespace) -> None:
+        before = self.pins.blocks
+        try:
+            held = self.pins.pin(salt, tokens)
+        except NoRoom:
+            assert self.pins.blocks == before
+            return
+        self.pinned[salt, tuple(tokens[: len(tokens) // SIZE * SIZE])] = held
+
+    @precondition(lambda self: self.pinned)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        salt, tokens = data.draw(st.sampled_from(sorted(self.pinned)))
+        assert self.pins.unpin(salt, tokens) == self.pinned.pop((salt, tokens))
+
     def _end(self, sequence: Sequence) -> None:
         self.open.remove(sequence)
         self.plan.finish([sequence])
 
+    def _holders(self) -> list[tuple[Namespace, list[int]]]:
+        tables = [(root.namespace, part.table) for root in self.open for part in (root, *root.forks)]
+        return [*tables, *((key[0], held) for key, held in self.pins._held.items())]  # type: ignore[list-item]
+
     @invariant()
-    def only_the_living_hold_blocks(self) -> None:
-        pool = self.plan.pool
-        tables = {block for root in self.open for part in (root, *root.forks) for block in part.table}
-        assert pool.used == len(tables)
+    def every_block_is_accounted_for(self) -> None:
+        pool, holders = self.plan.pool, self._holders()
         assert pool.free + pool.cached + pool.used == pool.total
+        counted = Counter(block for _, table in holders for block in table)
+        assert [counted[block] for block in range(pool.total)] == pool._holders
+        assert self.pins.blocks == len({block for held in self.pins._held.values() for block in held}) <= self.pins.limit
+        assert len(set(pool._free)) == len(pool._free)
+        assert not {*pool._free} & {*pool._cached}
+
+    @invariant()
+    def no_block_is_shared_across_salts(self) -> None:
+        owners: dict[int, Namespace] = {}
+        for namespace, table in self._holders():
+            for block in table:
+                assert owners.setdefault(block, namespace) == namespace
+        for namespace, _, block in self.plan.pool.prefixes():
+            assert owners.get(block, namespace) == namespace
 
     def teardown(self) -> None:
         for _ in range(2000):
@@ -312,8 +401,17 @@ class Traffic(RuleBasedStateMachine):
             self.step()
         assert not self.open
         assert self.plan.idle
-        assert self.plan.pool.used == 0
+        for salt, tokens in list(self.pinned):
+            self.pins.unpin(salt, tokens)
+        assert self.plan.pool.used == self.pins.blocks == 0
+        assert self.plan.pool._holders == [0] * self.plan.pool.total
 
 
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = hypothesis_settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_neither_blocks_nor_scheduler_know_a_tensor_library() -> None:
+    program = "import sys, agentops.engine.blocks, agentops.engine.scheduler; print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.strip() == "False"
