@@ -13,7 +13,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,8 @@ _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8"), 1),
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_PACKED = ("I32",)
+_INDEXES = ("I32", "I64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,6 +483,7 @@ def _header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
             raise broken(f"its header is no JSON: {error}") from error
     if not isinstance(header, dict):
         raise broken("its header is no JSON object")
+    spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -498,19 +501,32 @@ def _header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
             raise broken(f"tensor '{name}' of shape {shape} is said to take {end - begin:,} bytes, not {described.bytes:,}")
         if 8 + length + end > size:
             raise broken(f"it ends inside tensor '{name}' ({size:,} bytes, {8 + length + end:,} are needed)")
+        spans.append((begin, end, name))
         yield name, described
+    at = 0
+    for begin, end, name in sorted(spans):
+        if begin != at:
+            raise broken(f"tensor '{name}' is said to begin at byte {begin:,} of the data, but the one before it ends at {at:,}")
+        at = end
+    if 8 + length + at != size:
+        raise broken(f"{size - 8 - length - at:,} bytes follow the last tensor")
 
 
 def _check_shapes(
     folder: Path, config: DecoderConfig, quantization: Quantization | None, entries: Mapping[str, TensorEntry]
 ) -> None:
-    def check(name: str, *allowed: tuple[int, ...]) -> None:
+    def check(name: str, shape: tuple[int, ...], types: Sequence[str] = _FLOATS) -> None:
         if name not in entries:
             raise ModelBroken(f"{folder}: tensor '{name}' is missing", hint="prepare or download the model again")
-        if entries[name].shape not in allowed:
+        if entries[name].shape != shape:
             raise ModelBroken(
-                f"{folder}: tensor '{name}' has shape {entries[name].shape}, the configuration asks for {allowed[0]}",
+                f"{folder}: tensor '{name}' has shape {entries[name].shape}, the configuration asks for {shape}",
                 hint="configuration and weights belong to different models: prepare or download the model again",
+            )
+        if entries[name].dtype not in types:
+            raise ModelBroken(
+                f"{folder}: tensor '{name}' has the type {entries[name].dtype}; it must be {' or '.join(types)}",
+                hint="the weights are damaged or packed in another way: prepare or download the model again",
             )
 
     for name, shape in expected_shapes(config).items():
@@ -524,11 +540,11 @@ def _check_shapes(
             outputs, inputs = shape
             group = inputs if quantization.group_size == -1 else quantization.group_size
             groups, bits = -(-inputs // group), quantization.bits
-            check(f"{prefix}.qweight", (inputs * bits // 32, outputs))
-            check(f"{prefix}.qzeros", (groups, outputs * bits // 32))
+            check(f"{prefix}.qweight", (inputs * bits // 32, outputs), _PACKED)
+            check(f"{prefix}.qzeros", (groups, outputs * bits // 32), _PACKED)
             check(f"{prefix}.scales", (groups, outputs))
             if f"{prefix}.g_idx" in entries:
-                check(f"{prefix}.g_idx", (inputs,))
+                check(f"{prefix}.g_idx", (inputs,), _INDEXES)
         else:
             check(name, shape)
         if len(shape) == 2 and f"{prefix}.bias" in entries:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from tiny_model import TEMPLATE, write_tiny_model
 
 from agentops.engine.checkpoint import Quantization, open_checkpoint
+from agentops.engine.local import open_engine
 from agentops.engine.tokenizer import ChatTokenizer
 from agentops.errors import ModelBroken, ModelNotFound, ModelUnsafe, ModelUnsupported, UsageError
 from agentops.model_lock import write_lock
 from agentops.records import Message
+from agentops.settings import load_settings
 
 
 @pytest.fixture
@@ -229,6 +232,91 @@ def test_a_lying_header_is_caught_before_the_library_sees_it(folder: Path, heade
     with_header(folder, header)
     with pytest.raises(ModelBroken, match=told):
         open_checkpoint(folder)
+
+
+F32x2 = {"dtype": "F32", "shape": [2]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "told"),
+    [
+        ({"a": {**F32x2, "data_offsets": [0, 8]}, "b": {**F32x2, "data_offsets": [4, 12]}}, 12, "'b' is said to begin at byte 4"),
+        ({"a": {**F32x2, "data_offsets": [0, 8]}, "b": {**F32x2, "data_offsets": [0, 8]}}, 8, "'b' is said to begin at byte 0"),
+        ({"a": {**F32x2, "data_offsets": [4, 12]}}, 12, "'a' is said to begin at byte 4"),
+        ({"a": {**F32x2, "data_offsets": [0, 8]}}, 9, "1 bytes follow"),
+    ],
+    ids=["overlap", "twice", "gap", "more"],
+)
+def test_tensors_that_overlap_or_leave_gaps_are_broken(folder: Path, header: dict[str, Any], data: int, told: str) -> None:
+    with_header(folder, header, b"\0" * data)
+    with pytest.raises(ModelBroken, match=told):
+        open_checkpoint(folder)
+
+
+def tensors_of(file: Path) -> dict[str, tuple[int, int]]:
+    """Where in the file each tensor begins and ends."""
+    raw = file.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    return {name: tuple(8 + length + at for at in entry["data_offsets"]) for name, entry in header.items() if name[0] != "_"}
+
+
+def test_a_file_cut_off_at_and_in_every_tensor_loads_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a tensor library saw the file")
+
+    monkeypatch.setattr("safetensors.safe_open", loaded)
+    file = folder / "model.safetensors"
+    whole, places = file.read_bytes(), tensors_of(file)
+    assert len(places) > 60
+    for name, (begin, end) in places.items():
+        for length in {begin, (begin + end) // 2, end - 1}:
+            file.write_bytes(whole[:length])
+            with pytest.raises(ModelBroken, match="it ends inside tensor"):
+                open_engine(folder, load_settings({}, environment={}))
+        assert end <= len(whole), name
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
+def test_a_tensor_of_a_type_that_cannot_be_is_broken(folder: Path, part: str) -> None:
+    name = f"model.layers.0.mlp.up_proj.{part}"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].to(torch.int16 if part == "scales" else torch.float32)
+
+    rewrite(folder, change)
+    with pytest.raises(ModelBroken, match=f"{name}' has the type"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx", "weight"])
+def test_every_shape_that_is_not_the_configurations_is_broken(folder: Path, part: str) -> None:
+    names = [name for name in load_file(folder / "model.safetensors") if name.endswith(part)]
+    assert names
+    for name in names[:: max(1, len(names) // 4)]:
+        before = (folder / "model.safetensors").read_bytes()
+
+        def cut(tensors: dict[str, torch.Tensor], name: str = name) -> None:
+            tensors[name] = tensors[name][:-1].clone()
+
+        rewrite(folder, cut)
+        with pytest.raises(ModelBroken, match=f"{name}' has shape"):
+            open_checkpoint(folder)
+        (folder / "model.safetensors").write_bytes(before)
+
+
+@pytest.mark.parametrize("kernel", ["int4", "float32"])
+@pytest.mark.parametrize(
+    ("part", "value"), [("scales", float("nan")), ("scales", float("-inf")), ("g_idx", 4), ("g_idx", -1), ("g_idx", 2**31 - 1)]
+)
+def test_values_that_cannot_be_open_no_engine_and_leave_no_thread(folder: Path, part: str, value: float, kernel: str) -> None:
+    name = f"model.layers.1.mlp.down_proj.{part}"
+    rewrite(folder, lambda tensors: tensors[name].view(-1)[7:8].fill_(value))
+    before = threading.active_count()
+    with pytest.raises(ModelBroken, match="down_proj") as caught:
+        open_engine(folder, load_settings({"engine.kernel": kernel}, environment={}))
+    assert caught.value.hint
+    assert threading.active_count() == before
 
 
 def test_a_header_above_16_mib_is_not_even_read(folder: Path) -> None:
