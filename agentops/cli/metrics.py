@@ -178,12 +178,34 @@ def families(found: Measures, waiting: Backlog, prices: Mapping[str, Price], now
             spent.add(prices[model].of(usage), model=model)
     yield used
     yield spent
+    yield from _engine(found)
     oldest = 0.0 if waiting.oldest_ns is None else max(0.0, (now_ns - waiting.oldest_ns) / 1e9)
     yield _gauge("journal_segments", "Files of this home's journal.", waiting.segments)
     yield _gauge("journal_backlog_bytes", "What of this home's journal the store has not taken.", waiting.waiting_bytes)
     yield _gauge("journal_drain_lag_seconds", "Age of the oldest event that the store has not taken.", oldest)
     yield _gauge("journal_damaged_segments", "Files of this home's journal that were put aside as damaged.", waiting.damaged)
     yield _gauge("journal_damaged_records", "Records that could not be read, of the files that are still there.", found.damaged)
+
+
+def _engine(found: Measures) -> Iterator[Family]:
+    phases = Family("agentops_call_seconds_total", "counter", "Where the time of model calls went: queue, prefill, decode.")
+    for model, timing in sorted(found.timing.items()):
+        for phase in ("queue", "prefill", "decode"):
+            phases.add(getattr(timing, f"{phase}_ms") / 1e3, model=model, phase=phase)
+    yield phases
+    blocks = Family(
+        "agentops_engine_blocks", "gauge", "Blocks of the KV cache when the model's last call ended, by what they held."
+    )
+    waiting = Family("agentops_engine_waiting", "gauge", "Requests in the engine's queue when the model's last call ended.")
+    memory = Family("agentops_engine_peak_memory_bytes", "gauge", "The most memory that the engine's process had had by then.")
+    for model, held in sorted(found.footprints.items()):
+        blocks.add(held.used_blocks - held.pinned_blocks, model=model, state="used")
+        blocks.add(held.pinned_blocks, model=model, state="pinned")
+        blocks.add(held.cached_blocks, model=model, state="cached")
+        blocks.add(held.free_blocks, model=model, state="free")
+        waiting.add(held.waiting, model=model)
+        memory.add(held.peak_memory_bytes, model=model)
+    yield from (blocks, waiting, memory)
 
 
 def _gauge(name: str, help: str, value: float) -> Family:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Row, Text, and_, case, cast, func, or_, select
 
-from agentops.records import Usage
+from agentops.records import Footprint, Timing, Usage
 from agentops.store import Store, unredacted
 from agentops.store.tables import table
 
@@ -48,14 +48,17 @@ class Sums:
 @dataclass(frozen=True, slots=True)
 class Measures:
     """`runs` by graph and status, `graphs` by name; `spans` but for workflows by kind and status, the `durations` of those that
-    have ended by kind; `usage` by model. `truncated` payloads were cut. `positions` are how far the journal's segments have been
-    read, `damaged` is how many of their records could not be."""
+    have ended by kind; `usage`, `timing`, and the footprint of the last call that was answered (where its engine told one), by
+    model. `truncated` payloads were cut. `positions` are how far the journal's segments have been read, `damaged` is how many of
+    their records could not be."""
 
     runs: Mapping[tuple[str, str], int]
     graphs: Mapping[str, Sums]
     spans: Mapping[tuple[str, str], int]
     durations: Mapping[str, Histogram]
     usage: Mapping[str, Usage]
+    timing: Mapping[str, Timing]
+    footprints: Mapping[str, Footprint]
     truncated: int
     damaged: int
     positions: Mapping[str, int] = field(default_factory=dict)
@@ -70,11 +73,18 @@ def measure(store: Store) -> Measures:
     spans: dict[tuple[str, str], int] = {}
     durations: dict[str, Histogram] = {}
     usage: dict[str, Usage] = {}
+    timing: dict[str, Timing] = {}
+    latest: dict[str, str] = {}
     for row in store._all(_by_kind()):
         spans[row.kind, row.status] = spans.get((row.kind, row.status), 0) + row.number
         durations[row.kind] = durations.get(row.kind, Histogram()) + _histogram(row)
         if row.kind == "generation":
             usage[row.model] = usage.get(row.model, Usage()) + Usage(*(int(getattr(row, name)) for name in _USAGE))
+            timing[row.model] = timing.get(row.model, Timing()) + Timing(
+                *(float(getattr(row, name)) for name in Timing.__slots__)
+            )
+            if row.status == "ok":
+                latest[row.model] = row.latest.partition(" ")[2]
     segments = store._all(select(places))
     return Measures(
         runs={
@@ -90,6 +100,8 @@ def measure(store: Store) -> Measures:
         spans=spans,
         durations=durations,
         usage=usage,
+        timing=timing,
+        footprints={model: held for model, span in latest.items() if (held := _footprint(store, span)) is not None},
         truncated=store._all(select(func.count()).select_from(payloads).where(payloads.c.truncated))[0][0],
         damaged=sum(row.lost for row in segments),
         positions={row.segment: row.position for row in segments},
@@ -99,12 +111,22 @@ def measure(store: Store) -> Measures:
 _USAGE = ("input_tokens", "output_tokens", "cached_tokens", "computed_tokens", "trimmed_tokens")
 
 
+def _footprint(store: Store, span: str) -> Footprint | None:
+    spans = table("span")
+    for row in store._all(select(spans.c.attributes).where(spans.c.id == span)):
+        held = {name: row.attributes[name] for name in Footprint.__slots__ if name in row.attributes}
+        return Footprint(**held) if held else None
+    return None
+
+
 def _by_kind() -> Any:
     spans = table("span")
     keys = spans.c.kind, spans.c.status, func.coalesce(spans.c.model, "").label("model")
-    sums = (func.sum(spans.c[name]).label(name) for name in _USAGE)
+    sums = (func.sum(spans.c[name]).label(name) for name in (*_USAGE, *Timing.__slots__))
+    # Nanoseconds have as many digits all the time, so that the last in the alphabet is the latest.
+    latest = func.max(cast(spans.c.start_ns, Text).concat(" ").concat(spans.c.id)).label("latest")
     measured = _buckets(spans.c.duration_ns, spans.c.status != "open")
-    return select(*keys, func.count().label("number"), *sums, *measured).where(spans.c.kind != "workflow").group_by(*keys)
+    return select(*keys, func.count().label("number"), latest, *sums, *measured).where(spans.c.kind != "workflow").group_by(*keys)
 
 
 def _by_graph() -> Any:

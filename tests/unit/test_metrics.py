@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 import re
@@ -16,11 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any, TypedDict
 
 import pytest
 from langgraph.graph import START, StateGraph
 from langgraph.runtime import Runtime as Node
+from scripted_runner import scripted_engine
+from tiny_model import write_tiny_model
 from typer.testing import CliRunner
 
 from agentops import Context, Runtime, ScriptedEngine, Settings
@@ -28,6 +32,7 @@ from agentops.cli import app
 from agentops.cli.metrics import CONTENT_TYPE, Family, Source, server_of
 from agentops.clock import SystemClock, UlidSource
 from agentops.engine import generate
+from agentops.engine.counters import Counters
 from agentops.errors import RecordError, UsageError
 from agentops.records import Message, Request
 from agentops.store import open_store, open_writer
@@ -189,6 +194,30 @@ def test_what_is_printed_is_well_formed_and_balances(recorded: Settings, monkeyp
     tokens = {kind: summed(told, "agentops_tokens_total", kind=kind) for kind in ("computed", "cached", "output")}
     assert summed(told, "agentops_cost_total") == tokens["computed"] + tokens["cached"] + 2 * tokens["output"] > 0
     assert summed(told, "agentops_journal_backlog_bytes") == summed(told, "agentops_journal_drain_lag_seconds") == 0
+
+
+def test_the_engines_times_and_blocks_are_told(settings: Settings, tmp_path: Path) -> None:
+    engine, _ = scripted_engine(write_tiny_model(tmp_path / "tiny"))
+
+    async def record() -> Counters:
+        await engine.pin(Request(text="the quick brown fox jumps over the lazy dog " * 6))
+        async with Runtime(settings, engine=engine) as runtime:
+            for question in ("what is the capital", "yes or no"):
+                await runtime.arun(asking(), {"q": question})
+        return engine.counters
+
+    counters = asyncio.run(record())
+    told = parsed(Source(settings).text())
+    blocks = {state: summed(told, "agentops_engine_blocks", state=state) for state in ("used", "pinned", "cached", "free")}
+    assert blocks["pinned"] == counters.pinned_blocks > 0
+    assert sum(blocks.values()) == engine.pool.total
+    assert (blocks["used"], blocks["cached"], blocks["free"]) == (0, counters.cached_blocks, counters.free_blocks)
+    assert summed(told, "agentops_engine_peak_memory_bytes") > 1_000_000
+    assert summed(told, "agentops_engine_waiting") == 0
+    for phase in ("prefill", "decode"):
+        spent = summed(told, "agentops_call_seconds_total", phase=phase)
+        assert 0 < spent <= getattr(counters.timing, f"{phase}_ms") / 1e3
+    asyncio.run(engine.close())
 
 
 def test_a_span_that_is_missing_is_told(recorded: Settings) -> None:
