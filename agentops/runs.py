@@ -228,10 +228,11 @@ class Runs:
         resumed = isinstance(input, Answers)
         async with lease(self._settings, thread_id) as held:
             at: Standing = "unborn"
-            told, about = input, {}
+            told, about, after_ns = input, {}, 0
             if isinstance(input, Answers):
                 # Only under the lease is it sure how the run ended.
                 row = resumable(await asyncio.to_thread(self.find, run_id))
+                after_ns = row.ended_ns or 0
                 input, told, at = await taken_up(graph, held, row, input)  # noqa: A001
             elif isinstance(input, Origin):
                 await plant(input, graph, held, run_id)
@@ -250,6 +251,7 @@ class Runs:
                 input=told,
                 settings=details,
                 resumed=resumed,
+                after_ns=after_ns,
                 tags=tuple(details.get("labels", {}).get("tags", ())),
                 meter=meter,
                 effects=self._effects,

@@ -288,6 +288,8 @@ def _print_run(console: Console, store: Store, run: RunRow, spans: list[SpanRow]
         told += f", {balance.sampled_out} sampled out"
     if balance.faults:
         told += f", {balance.faults} faults"
+    if balance.missing:
+        told += f", {balance.missing} contents missing"
     if balance.orphans:
         told += f", {balance.orphans} called from threads of unknown place"
     state = ("balanced", "green") if balance.balanced else ("NOT BALANCED", "bold red")

@@ -311,6 +311,10 @@ class Store:
         }
         used = union(select(spans.c.input_hash).where(mine), select(spans.c.output_hash).where(mine))
         cut = self._all(select(func.count()).where(payloads.c.truncated, payloads.c.hash.in_(used)))
+        named = used.subquery()
+        lost = self._all(
+            select(func.count()).where(named.c.input_hash.is_not(None), named.c.input_hash.not_in(select(payloads.c.hash)))
+        )
         return Balance(
             emitted=sum(max(row.last, int(roots.get(row.root_id, {}).get("emitted", 0))) for row in counted),
             stored=sum(row.stored for row in counted),
@@ -319,6 +323,7 @@ class Store:
             + sum(row.unredacted for row in counted),
             orphans=sum(row.orphans for row in counted),
             sampled_out=sum(int(attributes.get("sampled_out", 0)) for attributes in roots.values()),
+            missing=int(lost[0][0]),
         )
 
 

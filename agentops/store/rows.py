@@ -140,7 +140,8 @@ class CaseRow:
 class Balance:
     """Whether all that a run told is kept. `emitted` spans were opened, `stored` ones are here; `truncated` payloads were cut;
     `faults` were counted where recording failed, texts that could not be redacted and were left out among them; `orphans` are
-    spans whose place in the graph is not known; `sampled_out` ones went by the rule of `record.sample`."""
+    spans whose place in the graph is not known; `sampled_out` ones went by the rule of `record.sample`; `missing` contents are
+    named by a span and not here."""
 
     emitted: int
     stored: int
@@ -148,7 +149,8 @@ class Balance:
     faults: int
     orphans: int = 0
     sampled_out: int = 0
+    missing: int = 0
 
     @property
     def balanced(self) -> bool:
-        return self.emitted == self.stored + self.sampled_out and self.faults == 0
+        return self.emitted == self.stored + self.sampled_out and self.faults == self.missing == 0

@@ -31,7 +31,7 @@ class Thread(SQLModel, table=True):
 
 class Run(SQLModel, table=True):
     """One invocation of a graph on a thread. The token columns are the sums over its generation spans; `pending_hash` names
-    what it asks for while it waits."""
+    what it asks for while it waits, `told_ns` is when what may change was told."""
 
     __table_args__ = (Index("ix_run_status", "status"), Index("ix_run_started", "started_ns", "id"))
 
@@ -54,6 +54,7 @@ class Run(SQLModel, table=True):
     cached_tokens: int = 0
     computed_tokens: int = 0
     trimmed_tokens: int = 0
+    told_ns: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default="0"))
 
 
 class Span(SQLModel, table=True):

@@ -14,7 +14,7 @@ from operator import itemgetter
 from typing import Any
 
 import zstandard
-from sqlalchemy import JSON, ColumnElement, Connection, Engine, Table, delete, func, select, true, update
+from sqlalchemy import JSON, ColumnElement, Connection, Engine, Table, delete, func, literal_column, select, true, update
 from sqlalchemy.dialects import postgresql, registry, sqlite
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlmodel import AutoString
@@ -29,7 +29,12 @@ log = logging.getLogger("agentops.store")
 Event = Mapping[str, Any]
 USAGE = ("input_tokens", "output_tokens", "cached_tokens", "computed_tokens", "trimmed_tokens")
 # What a later event of a run may change; the rest stays as it was when the run began.
-_RUN_CHANGES = ("status", "ended_ns", "output_hash", "pending_hash", "error", "pid", "segment")
+_RUN_CHANGES = ("status", "ended_ns", "output_hash", "pending_hash", "error", "pid", "segment", "told_ns")
+# The home of a run tells it in order. Of several that share a store, one that had died may bring what it knew long after another
+# went on with the run.
+_STILL_NEWS: ColumnElement[bool] = literal_column(
+    "substr(excluded.segment, 1, 31) = substr(run.segment, 1, 31) OR excluded.told_ns >= run.told_ns"
+)
 
 _EXPERIMENT_CHANGES = ("status", "ended_ns", "error", "pid", "segment")
 _INSERTS: Mapping[str, Callable[[Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
@@ -200,7 +205,7 @@ class StoreWriter:
                 row = _fit("prompt_version", {**event, "first_seen_ns": event["ns"]})
                 found["prompt"].setdefault((row["name"], row["version"]), row)
             case "run":
-                row = _fit("run", event)
+                row = _fit("run", {**event, "told_ns": event["ns"]})
                 first = found["run"].setdefault(row["id"], row)
                 first.update({name: row[name] for name in _RUN_CHANGES})
                 ns = int(event["ns"])
@@ -283,7 +288,8 @@ def _upserting(
         now: dict[str, Any] = {name: statement.excluded[name] for name in changes}
         if name == "span":
             now |= {once: func.coalesce(now[once], target.c[once]) for once in _TOLD_ONCE}
-        statement = statement.on_conflict_do_update(index_elements=keys, set_=now)
+        news = _STILL_NEWS if name == "run" else None
+        statement = statement.on_conflict_do_update(index_elements=keys, set_=now, where=news)
     else:
         statement = statement.on_conflict_do_nothing(index_elements=keys)
     compiled = statement.compile(dialect=registry.load(f"{dialect}.{driver}")())

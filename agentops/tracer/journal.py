@@ -78,11 +78,19 @@ class Journal:
                     break
                 os.close(self._fd)
             self._reserve = self.path.with_suffix(".reserve")
-            self._reserve.write_bytes(bytes(_RESERVE_BYTES))
+            self._keep_back()
         except OSError as error:
             raise _full(error, self.folder) from error
         self.size = self._drained = self._given_back = 0
         self._closed = self._orphan = self._stuck = False
+
+    def _keep_back(self) -> None:
+        try:
+            self._reserve.write_bytes(bytes(_RESERVE_BYTES))
+        except OSError:
+            self._reserve.unlink(missing_ok=True)
+            raise
+        self._spent = False
 
     def _forked(self) -> None:
         self._lock = threading.Lock()
@@ -120,12 +128,16 @@ class Journal:
             if self.limit_bytes is not None and not last_word:
                 self._make_room(len(frames), self.limit_bytes)
             try:
+                if self._spent and not last_word:
+                    # What was kept back is for the ends of other runs; no run goes on until there is as much again.
+                    self._keep_back()
                 self._write(frames)
             except OSError as error:
                 if not last_word or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise _full(error, self.folder) from error
                 try:
                     self._reserve.unlink(missing_ok=True)
+                    self._spent = True
                     self._write(frames)
                 except OSError as again:
                     raise _full(again, self.folder) from again
@@ -163,11 +175,11 @@ class Journal:
         try:
             while rest:
                 rest = rest[os.write(self._fd, rest) :]
-        except OSError:
-            # Half a record would hide every later one from readers.
+            self.size += len(frames)
+        except BaseException:
+            # Half a record would hide every later one from readers. A signal's handler may raise anywhere in between.
             os.ftruncate(self._fd, self.size)
             raise
-        self.size += len(frames)
 
     def close(self) -> None:
         """Gives the segment up: whoever drains next may delete it; an empty one goes now. Closing twice is harmless."""

@@ -67,6 +67,7 @@ class Tracer:
         input: Any = None,
         settings: Mapping[str, Any] | None = None,
         resumed: bool = False,
+        after_ns: int = 0,
         tags: tuple[str, ...] = (),
         meter: Meter | None = None,
         effects: Effects | None = None,
@@ -74,13 +75,14 @@ class Tracer:
         """Writes that the run is running, then gives the trace to record it with.
 
         A resumed run keeps what was stored when it began (graph, input, time of start); it gets one more workflow span,
-        whose input is what it was resumed with. `meter` refuses model calls beyond a budget; `effects` are what its nodes get
-        from outside, those that happen where none are given.
+        whose input is what it was resumed with, and its times are after `after_ns`, whatever this machine's clock says. `meter`
+        refuses model calls beyond a budget; `effects` are what its nodes get from outside, those that happen where none are
+        given.
 
         Raises:
             JournalFull: the run must not start.
         """
-        now_ns = self.clock.now_ns()
+        now_ns = max(self.clock.now_ns(), after_ns)
         row: Event = {
             "t": "run",
             "ns": now_ns,

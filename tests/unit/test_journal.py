@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,44 @@ def test_a_full_disk_loses_nothing_and_the_last_word_still_fits(small_disk: Path
     assert [event["number"] for event in events_in(journal.path) if event] == [*written, "last"]
     assert journal.size == journal.path.stat().st_size
     journal.close()
+
+
+def test_what_the_end_of_one_run_took_of_the_space_kept_back_is_kept_back_again_before_any_run_goes_on(small_disk: Path) -> None:
+    journal = Journal(small_disk / "journal")
+    filler = small_disk / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4_096))
+    journal.append({"number": "end of one"}, last_word=True)
+    # There is room for an event now, but none for the ends of other runs after it.
+    with pytest.raises(JournalFull, match="No space left"):
+        journal.append({"text": "x" * 20_000})
+    journal.append({"number": "end of another"}, last_word=True)
+    filler.unlink()
+    journal.append({"number": "goes on"})
+    assert [event["number"] for event in events_in(journal.path) if event] == ["end of one", "end of another", "goes on"]
+    assert len(list(journal.folder.glob("*.reserve"))) == 1
+    journal.close()
+
+
+@pytest.mark.parametrize("written", [0, 7, 10_000])
+def test_an_append_that_a_signal_breaks_off_leaves_no_half_and_cuts_nothing_later(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    journal.append({"number": 1})
+
+    def broken_off(fd: int, data: bytes) -> int:
+        real(fd, data[:written])
+        raise KeyboardInterrupt
+
+    real = os.write
+    monkeypatch.setattr(os, "write", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        journal.append({"number": "never acknowledged"})
+    monkeypatch.undo()
+    journal.append({"number": 2})
+    assert [event["number"] for event in events_in(journal.path) if event] == [1, 2]
+    assert journal.size == journal.path.stat().st_size
 
 
 def test_a_drainer_that_takes_the_new_file_for_a_dead_one_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

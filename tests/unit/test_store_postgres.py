@@ -73,6 +73,33 @@ def home(settings: Settings, folder: Path) -> Settings:
 # What is kept
 
 
+def test_what_a_home_knew_of_a_run_changes_nothing_once_another_went_on_with_it(either_settings: Settings) -> None:
+    one, other = (f"home_{number:026}-a.v2.seg" for number in (1, 2))
+    begun = run_event("run_a", 10, status="running", segment=one)
+    apply(either_settings, begun, run_event("run_a", 20, status="waiting", ended_ns=20, segment=one))
+    apply(either_settings, run_event("run_a", 40, status="done", ended_ns=40, segment=other))
+    # The first one comes back with what it had not brought to the store.
+    apply(either_settings, run_event("run_a", 30, status="running", segment=one))
+    with open_store(either_settings) as store:
+        assert [(run.status, run.ended_ns) for run in store.runs()] == [("done", 40)]
+    # A home tells its own runs in order, whatever became of its clock.
+    apply(either_settings, run_event("run_a", 5, status="failed", ended_ns=5, segment=other))
+    with open_store(either_settings) as store:
+        assert [(run.status, run.ended_ns) for run in store.runs()] == [("failed", 5)]
+
+
+def test_a_content_that_is_not_there_is_missing_in_the_balance(either_settings: Settings) -> None:
+    kept = {"t": "payload", "ns": 1, "hash": "b2:" + "0" * 32, "data": b'"here"', "truncated": False}
+    told = span_event("sp_root", "run_a", 1, kind="workflow", input_hash=kept["hash"], attributes={"emitted": 2})
+    apply(either_settings, kept, run_event("run_a"), told, span_event("sp_b", "run_a", 2, input_hash=kept["hash"]))
+    with open_store(either_settings) as store:
+        assert store.balance("run_a").balanced
+    apply(either_settings, span_event("sp_b", "run_a", 2, output_hash="b2:" + "f" * 32))
+    with open_store(either_settings) as store:
+        balance = store.balance("run_a")
+    assert (balance.missing, balance.balanced) == (1, False)
+
+
 def test_what_postgres_refuses_is_kept_and_found_as_in_a_file(either_settings: Settings) -> None:
     odd = {"text": NASTY, NASTY: [NASTY, {"deep": NASTY}], "numbers": [10**30, 1e-7], "orphan": True}
     rejected = apply(

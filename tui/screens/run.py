@@ -103,6 +103,8 @@ class RunScreen(Base):
         if not balance.balanced:
             kept = f"{balance.stored:,} stored" + (f", {balance.sampled_out:,} sampled out" if balance.sampled_out else "")
             self._missing = f"NOT BALANCED: {balance.emitted:,} spans emitted, {kept}, {balance.faults:,} faults of the recording"
+            if balance.missing:
+                self._missing += f", {balance.missing:,} contents missing"
         self._show_head()
 
     def _show_head(self) -> None:
