@@ -4,6 +4,9 @@ What is taken: their runs with spans, scores, states and the contents that nobod
 journal's files still hold of what the store has taken; journal files that could not be read whole; and the kept KV cache, which
 does not say whose it is. Runs that were forked from them have their state, and go too. Documents, datasets and files that tools
 wrote belong to nobody here and stay.
+
+Checkpoints and journal go before the rows that tell whose they are. So the same call, made again, finishes what one that was
+killed has left.
 """
 
 from __future__ import annotations
@@ -48,65 +51,82 @@ def erase(settings: Settings, *, user: str | None = None, thread: str | None = N
         StoreLocked: the record cannot be written now; nothing was erased.
     """
     catch_up(settings, wait=True)
-    with open_store(settings) as store:
-        runs = _concerned(store, settings, user, thread)
-        threads = tuple(sorted({run.thread_id for run in runs}))
-        named = {key for run in runs for key in _contents(store, run)}
-    if busy := next((run for run in runs if run.status == "running"), None):
-        raise _busy(busy.thread_id)
-    if dry_run:
-        return Erased(threads, len(runs), contents=len(named), files=len(_files(settings, threads)))
-    removed, files = run_sync(_held(settings, threads, [run.id for run in runs]))
+    whose, files = _Whose(user, thread), 0
+    while True:
+        with open_store(settings) as store:
+            runs = _concerned(store, settings, whose)
+            threads = tuple(sorted({run.thread_id for run in runs}))
+            named = {key for run in runs for key in _contents(store, run)}
+        if busy := next((run for run in runs if run.status == "running"), None):
+            raise _busy(busy.thread_id)
+        if dry_run and runs:
+            return Erased(threads, len(runs), contents=len(named), files=len(_files(settings, threads)))
+        if not dry_run and (settings.paths.home / "journal").is_dir():
+            more, removed = run_sync(_held(settings, threads or ((thread,) if thread else ()), whose))
+            files += more
+        if not runs:
+            said = f"of user '{user}'" if user is not None else f"on thread '{thread}'"
+            raise RecordError(f"no run {said} is on record", hint="list the runs with their threads: agentops runs")
+        if removed is not None:
+            break
     with open_store(settings) as store:
         shared = sum(store.has(key) for key in named)
     return Erased(threads, removed.runs, removed.spans, removed.scores, removed.contents, shared, files, tuple(_left(settings)))
 
 
-async def _held(settings: Settings, threads: tuple[str, ...], run_ids: list[str]) -> tuple[Removed, int]:
-    """With the sole right to all of the threads; how many files it were, too."""
+@dataclass(frozen=True, slots=True)
+class _Whose:
+    user: str | None
+    thread: str | None
+
+
+async def _held(settings: Settings, threads: tuple[str, ...], whose: _Whose) -> tuple[int, Removed | None]:
+    """With the sole right to all of the threads: how many files went, and what else did, or `None` where more threads are meant
+    by now."""
     async with AsyncExitStack() as stack:
         for one in threads:
             held = await stack.enter_async_context(lease(settings, one))
             if settings.record.url:
                 saver = await stack.enter_async_context(open_checkpointer(held, frozenset()))
                 await saver.adelete_thread(one)
-        removed = await asyncio.to_thread(_recorded, settings, run_ids)
         files = _files(settings, threads)
         for file in files:
             file.unlink(missing_ok=True)
-    return removed, len(files)
+        return len(files), await asyncio.to_thread(_recorded, settings, threads, whose)
 
 
-def _recorded(settings: Settings, run_ids: list[str]) -> Removed:
-    """Takes runs out of the store and the journal, in one turn of writing: no drainer reads meanwhile."""
+def _recorded(settings: Settings, threads: tuple[str, ...], whose: _Whose) -> Removed | None:
+    """Takes the threads' runs out of the journal and the store, in one turn of writing: no drainer reads meanwhile."""
     folder = settings.paths.home / "journal"
     with open_writer(settings) as writer:
         drain(folder, writer)
-        removed = writer.remove(run_ids)
-        writer.shrink(whole=True)
+        with open_store(settings) as store:
+            # A run may have ended, or a thread been forked, before the threads were held.
+            runs = _concerned(store, settings, whose)
+        if {run.thread_id for run in runs} - set(threads):
+            return None
         positions = writer.positions()
         for segment in folder.glob("*" + SUFFIX):
             overwrite(segment, positions.get(segment.name, 0))
+        removed = writer.remove([run.id for run in runs])
+        writer.shrink(whole=True)
     return removed
 
 
-def _concerned(store: Store, settings: Settings, user: str | None, thread: str | None) -> list[RunRow]:
+def _concerned(store: Store, settings: Settings, whose: _Whose) -> list[RunRow]:
     """All runs of the threads that are meant, and of those that were forked from them."""
     everything = store.runs(limit=10_000_000)
-    if thread is not None:
-        threads = {thread}
+    if whose.thread is not None:
+        threads = {whose.thread}
     else:
-        names = {user, _pseudonym(settings, str(user))}
+        names = {whose.user, _pseudonym(settings, str(whose.user))}
         threads = {run.thread_id for run in everything if (run.settings.get("labels") or {}).get("user") in names}
     forks, before = store.forks(), set[str]()
     while threads != before:
         before = set(threads)
         mine = {run.id for run in everything if run.thread_id in threads}
         threads |= {run.thread_id for run in everything if forks.get(run.id) in mine}
-    if not (found := [run for run in everything if run.thread_id in threads]):
-        whose = f"of user '{user}'" if user is not None else f"on thread '{thread}'"
-        raise RecordError(f"no run {whose} is on record", hint="list the runs with their threads: agentops runs")
-    return found
+    return [run for run in everything if run.thread_id in threads]
 
 
 def _pseudonym(settings: Settings, user: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import operator
+import os
 import sqlite3
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -19,13 +21,13 @@ from langgraph.graph import START, StateGraph
 from langgraph.types import interrupt
 from psycopg import sql
 
-from agentops import Runtime, ScriptedEngine, Settings
+from agentops import Runtime, ScriptedEngine, Settings, erasing
 from agentops.checkpoints import lease
 from agentops.cli import main
 from agentops.erasing import erase
 from agentops.errors import RecordError, ThreadBusy
 from agentops.records import Labels
-from agentops.store import open_store
+from agentops.store import StoreWriter, open_store
 from agentops.tracer import catch_up
 from agentops.tracer.journal import Journal, frame, overwrite, read
 
@@ -142,6 +144,62 @@ def test_a_thread_at_work_is_not_erased_and_nothing_is_then(settings: Settings) 
     catch_up(settings, wait=True)
     with open_store(settings) as store:
         assert len(store.runs()) == 3
+
+
+def free_pages(settings: Settings) -> int:
+    with closing(sqlite3.connect(settings.paths.home / "record.db")) as connection:
+        return int(connection.execute("PRAGMA freelist_count").fetchone()[0])
+
+
+@pytest.mark.parametrize("by", ["user", "thread"])
+@pytest.mark.parametrize("at", ["remove", "shrink"])
+def test_the_same_call_finishes_what_a_broken_one_left(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, by: str, at: str
+) -> None:
+    with Runtime(settings, engine=ScriptedEngine()) as runtime:
+        runtime.run(made(), {"q": CANARY + os.urandom(60_000).hex()}, thread="hers", labels=Labels("ada"))
+        whose = {by: "ada" if by == "user" else "hers"}
+
+        def broken(*of: Any, **how: Any) -> None:
+            raise OSError("the disk is full")
+
+        monkeypatch.setattr(StoreWriter, at, broken)
+        with pytest.raises(OSError, match="full"):
+            erase(settings, **whose)
+        monkeypatch.undo()
+        if at == "remove":
+            assert places(settings.paths.home, CANARY)
+            assert erase(settings, **whose).runs == 1
+        else:
+            # The runs are gone; the room that they took can still be read.
+            assert free_pages(settings) > 0
+            with pytest.raises(RecordError, match="no run"):
+                erase(settings, **whose)
+            assert free_pages(settings) == 0
+        assert places(settings.paths.home, CANARY) == set()
+
+
+def test_what_was_begun_or_forked_before_the_threads_were_held_goes_too(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = made()
+    with Runtime(settings, engine=ScriptedEngine()) as runtime:
+        ada = runtime.run(graph, {"q": CANARY}, thread="hers", labels=Labels("ada"))
+        late: list[str] = []
+
+        async def meanwhile(*of: Any) -> Any:
+            if not late:
+                late.append("")
+                late.append((await runtime.arun(graph, {"q": CANARY}, thread="hers")).run_id)
+                late.append((await runtime.afork(ada.run_id, step=0, graph=graph)).run_id)
+            return await real(*of)
+
+        real = erasing._held
+        monkeypatch.setattr(erasing, "_held", meanwhile)
+        assert erase(settings, thread="hers").runs == 3
+        assert places(settings.paths.home, CANARY) == set()
+    with open_store(settings) as store:
+        assert not store.runs()
 
 
 def test_a_thread_that_is_not_there_is_said(settings: Settings) -> None:
