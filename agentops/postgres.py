@@ -138,7 +138,7 @@ _KINDS: tuple[tuple[str, type[RecordError], str, str], ...] = (
     ),
     (r"^57P0[13]:|^08...:", StoreUnavailable, "the Postgres at {place} went away", _START),
     (
-        r"certificate|SSL",
+        r"certificate|SSL(?! connection has been closed| SYSCALL)",
         StoreUnavailable,
         "no safe connection to the Postgres at {place}",
         "check sslmode and sslrootcert in record.url",

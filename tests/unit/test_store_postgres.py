@@ -27,6 +27,7 @@ from postgres_server import Postgres
 
 from agentops.clock import SystemClock, UlidSource
 from agentops.errors import RecordError, StoreBroken, StoreLocked, StoreUnavailable
+from agentops.postgres import translation
 from agentops.records import Usage
 from agentops.settings import PathSettings, Settings
 from agentops.store import open_store, open_writer
@@ -352,6 +353,21 @@ def steps(tracer: Tracer, run_id: str, wanted: Iterable[int], done: Counter[str]
             done[f"node {number}"] += 1
         time.sleep(0.004)
     run.end("done")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("SSL connection has been closed unexpectedly", "no Postgres answers"),
+        ("SSL SYSCALL error: EOF detected", "no Postgres answers"),
+        ("SSL error: certificate verify failed", "no safe connection"),
+        ("server does not support SSL, but SSL was required", "no safe connection"),
+    ],
+)
+def test_a_server_that_goes_away_under_tls_is_not_called_unsafe(said: str, told: str) -> None:
+    import psycopg
+
+    assert told in str(translation(psycopg.OperationalError(said), "postgresql://a@localhost/b"))
 
 
 def test_a_server_that_is_stopped_and_killed_in_the_middle_of_runs_loses_and_doubles_nothing(
