@@ -10,8 +10,8 @@ import asyncio
 import resource
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 
 _FILES_OF_A_RUN = 6
@@ -30,6 +30,14 @@ def affordable() -> int:
     return min(_MOST, max(_LEAST, (limit - held - _FILES_OF_THE_REST) // _FILES_OF_A_RUN))
 
 
+Stoppable = Callable[[Callable[[], object]], AbstractContextManager[None]]
+"""While the block that it opens goes on, what it is given may be called, in the same event loop."""
+
+
+def _unstoppable(stop: Callable[[], object]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 class Places:
     """`count` places. May be taken from any thread and event loop."""
 
@@ -39,15 +47,19 @@ class Places:
         self._waiting: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
 
     @asynccontextmanager
-    async def taken(self) -> AsyncIterator[None]:
-        """A place, once there is one, until the block ends."""
-        await self._take()
+    async def taken(self, waiting: Stoppable = _unstoppable) -> AsyncIterator[None]:
+        """A place, once there is one, until the block ends. `waiting` is entered by who has to wait, with what ends that.
+
+        Raises:
+            asyncio.CancelledError: it was ended.
+        """
+        await self._take(waiting)
         try:
             yield
         finally:
             self._give()
 
-    async def _take(self) -> None:
+    async def _take(self, waiting: Stoppable = _unstoppable) -> None:
         loop = asyncio.get_running_loop()
         with self._lock:
             if self._free:
@@ -56,7 +68,8 @@ class Places:
             waiter = loop.create_future()
             self._waiting.append((loop, waiter))
         try:
-            await waiter
+            with waiting(waiter.cancel):
+                await waiter
         except asyncio.CancelledError:
             with self._lock, suppress(ValueError):
                 self._waiting.remove((loop, waiter))

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,10 @@ class _Again:
 
         self._store = store
         self._row = row
-        self._sittings = sittings
+        # What was cancelled in line before it had begun did nothing.
+        self._sittings = sittings = list(dropwhile(_idle, sittings))
+        if not sittings:
+            raise RecordError(f"run {row.id} cannot be replayed: it was cancelled before it began")
         self._settings = replace(
             settings, paths=replace(settings.paths, home=home), record=replace(settings.record, url="", redact=())
         )
@@ -245,6 +249,9 @@ class _Again:
         with runtime:
             if place == 0:
                 runtime.run(graph, given, thread=self._row.thread_id, budget=budget)
+                return
+            if _idle(root):
+                runtime.cancel(self._row.id)
                 return
             answers = given.get("answers") if isinstance(given, dict) else None
             values = {key: one["value"] for key, one in (answers or {}).items() if isinstance(one, dict) and "value" in one}
@@ -344,6 +351,11 @@ def _refuse_own_threads(compiled: Any, spans: Sequence[SpanRow]) -> None:
 def _question(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a person sees of an interrupt; its id is another one in every run."""
     return {name: asked.get(name) for name in _SHOWN}
+
+
+def _idle(root: SpanRow) -> bool:
+    """Whether it only tells that the run was cancelled while nobody worked on it."""
+    return bool(root.attributes.get("idle"))
 
 
 def _waiting(store: Store, sittings: Sequence[SpanRow]) -> list[dict[str, Any]]:

@@ -91,11 +91,18 @@ async def taken_up(graph: LoadedGraph, held: Lease, row: RunRow, answers: Answer
     """What a resumed run is invoked with, what of that is put on record, and where it stands.
 
     Raises:
-        AnswerUnfit, UsageError
+        AnswerUnfit
+        UsageError: also where a cancelled run is given an answer.
     """
     at = await standing(graph, held, row.id)
     if at == "passed":
         raise passed(row.id, row.thread_id)
+    if row.status == "cancelled" and (answers.one is not None or answers.by_id):
+        # Who answers has seen the question before it was withdrawn.
+        raise UsageError(
+            f"run {row.id} was cancelled, it waits for no answer; nothing was run",
+            hint=f"take it up again with: agentops resume {row.id}; what is still open is asked anew",
+        )
     waiting = row.status == "waiting"
     asked = await pending(graph, held, waiting=waiting) if at == "open" else ()
     given = answers.fitted(asked, row.id, waiting=waiting)

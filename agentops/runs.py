@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from langgraph.runtime import RunControl
 from agentops import cancelling
 from agentops.checkpoints import check_thread_id, lease
 from agentops.clock import Clock, Ids
-from agentops.errors import InputTooLarge, RunCancelled, RunNotFound, UsageError
+from agentops.errors import InputTooLarge, RunCancelled, RunNotFound, ThreadBusy, UsageError
 from agentops.execution import Outcome, Standing, execute, standing
 from agentops.graph import Context, LoadedGraph, adopt_graph, load_graph
 from agentops.history import Origin, Snapshot, history, origin, plant
@@ -202,13 +202,93 @@ class Runs:
         with open_store(self._settings) as store:
             return store.run(run_id)
 
-    async def _go(self, *what: Any, **how: Any) -> AsyncGenerator[RunEvent, None]:
-        """As `_work`, once there is a place."""
-        # A run inside another has that one's: each of those at work could be waiting for a second.
-        place = self._places.taken() if locate() is None else contextlib.nullcontext()
-        async with place, contextlib.aclosing(self._work(*what, **how)) as events:
-            async for event in events:
-                yield event
+    async def cancel(self, run_id: str) -> str:
+        """Asks a run at work or in line to stop, and ends one that waits for an answer or was drained; returns its id.
+
+        Raises:
+            RunNotFound: no run of that name is at work or waits.  ThreadBusy: it is being taken up in this moment.
+        """
+        try:
+            return cancelling.cancel(self._settings, run_id)
+        except RunNotFound as absent:
+            try:
+                row = await asyncio.to_thread(self.find, run_id)
+            except RunNotFound:
+                raise absent from None
+        await self._end_idle(row)
+        return row.id
+
+    async def _end_idle(self, row: RunRow, *, in_line: bool = False) -> None:
+        """Puts on record that a run which nobody works on is cancelled; one `in_line` to be taken up, whatever it was before."""
+        async with lease(self._settings, row.thread_id):
+            row = await asyncio.to_thread(self.find, row.id)  # only under the lease is it sure
+            if row.status not in ("waiting", "queued") and not (in_line and row.status in ("failed", "crashed")):
+                how = f"agentops show {row.id}"
+                raise RunNotFound(f"run {row.id} is {row.status}; there is nothing to cancel", hint=f"see how it ended: {how}")
+            why = "cancelled in line for a place" if in_line else f"cancelled while it was {row.status}"
+            self._cancelled(why, row.id, row.thread_id, row.graph, row.settings, resumed=True)
+        await asyncio.to_thread(self._tracer.flush)
+
+    def _cancelled(
+        self, why: str, run_id: str, thread_id: str, graph: str, details: Mapping[str, Any], *, input: Any = None, resumed: bool
+    ) -> None:
+        trace = self._tracer.start_run(
+            run_id=run_id,
+            thread_id=thread_id,
+            graph=graph,
+            input=input,
+            settings=details,
+            resumed=resumed,
+            tags=tuple(details.get("labels", {}).get("tags", ())),
+        )
+        trace.annotate(settings=details, idle=True)
+        trace.end("cancelled", error=RunCancelled(why, run_id=run_id))
+        trace.check()
+
+    async def _go(
+        self, graph: LoadedGraph, input: Any, run_id: str, thread_id: str, details: dict[str, Any], *rest: Any, **how: Any
+    ) -> AsyncGenerator[RunEvent, None]:
+        """As `_work`, once there is a place; cancelled while it is in line, the run is on record as such and not begun."""
+        stopped = False
+
+        @contextlib.contextmanager
+        def in_line(leave: Callable[[], object]) -> Iterator[None]:
+            def stop() -> None:
+                nonlocal stopped
+                stopped = True
+                leave()
+
+            with cancelling.cancellable(self._settings, run_id, stop, waits=True):
+                yield
+
+        async with contextlib.AsyncExitStack() as held:
+            # A run inside another has that one's place: each of those at work could be waiting for a second.
+            if locate() is None:
+                try:
+                    await held.enter_async_context(self._places.taken(in_line))
+                except asyncio.CancelledError:
+                    if not stopped:
+                        raise
+            if stopped:
+                raise await self._left_line(graph, input, run_id, thread_id, details)
+            async with contextlib.aclosing(self._work(graph, input, run_id, thread_id, details, *rest, **how)) as events:
+                async for event in events:
+                    yield event
+
+    async def _left_line(
+        self, graph: LoadedGraph, input: Any, run_id: str, thread_id: str, details: dict[str, Any]
+    ) -> RunCancelled:
+        """What a run that was cancelled in line for a place ends with."""
+        said = f"run {run_id} was cancelled before it had a place"
+        if isinstance(input, Origin):
+            return RunCancelled(said, run_id=run_id, hint="nothing was recorded; fork again")
+        with contextlib.suppress(ThreadBusy, RunNotFound):  # another process has it, and that one's word counts
+            if (row := await asyncio.to_thread(self._recorded, run_id)) is not None:
+                await self._end_idle(row, in_line=True)
+            else:
+                why = "cancelled in line for a place"
+                self._cancelled(why, run_id, thread_id, graph.reference, details, input=input, resumed=False)
+        return RunCancelled(said, run_id=run_id)
 
     async def _work(
         self,

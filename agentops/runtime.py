@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from agentops import cancelling
 from agentops.clock import Clock, Ids, SystemClock, UlidSource
 from agentops.engine import Engine
-from agentops.errors import RetrieverUnavailable
+from agentops.errors import RetrieverUnavailable, RunNotFound
 from agentops.graph import Context, LoadedGraph
 from agentops.history import Snapshot
 from agentops.history import chosen as chosen_snapshot
@@ -340,14 +340,23 @@ class Runtime:
         """`astate` for callers without an event loop; it takes the same."""
         return run_sync(self.astate(run_id, **which))
 
-    def cancel(self, run_id: str) -> str:
-        """Asks a run at work to stop, in whatever process of this machine it is; returns its id at once. It stops within a token
-        and is on record as cancelled; it can be resumed.
+    async def acancel(self, run_id: str) -> str:
+        """Stops a run, in whatever process of this machine it is, and returns its id at once. One at work is asked to stop, and
+        does within a token; one in line for a place leaves the line; one that waits for an answer, or was drained, ends here and
+        now. It is on record as cancelled and can be resumed; it takes no answer before that, and asks anew.
 
         Raises:
-            RunNotFound: no run of that name is at work, or more than one.
+            RunNotFound: no run of that name is at work or waits, or more than one.
+            ThreadBusy: it is being taken up in this moment.
         """
-        return cancelling.cancel(self.settings, run_id)
+        return await self._runs.cancel(run_id)
+
+    def cancel(self, run_id: str) -> str:
+        """`acancel` for callers without an event loop; one at work may be cancelled from anywhere."""
+        try:
+            return cancelling.cancel(self.settings, run_id)
+        except RunNotFound:
+            return run_sync(self.acancel(run_id))
 
     def drain(self) -> bool:
         """Asks every run of this runtime, and those that it is still given, to stop at their next step boundary; they are

@@ -217,7 +217,7 @@ class TerminalApp(App[None]):
         """Stops a run, once that is confirmed."""
 
         def look(run: RunLine | None) -> None:
-            if run is None or run.status != "running":
+            if run is None or run.status not in ("running", "waiting", "queued"):
                 self.tell(f"run {run_id} is {run.status if run else 'gone'}; there is nothing to stop")
                 return
             question = f"Stop run {run.id}? It can be resumed."
@@ -230,6 +230,9 @@ class TerminalApp(App[None]):
             return pages.run_line(run_id)
 
         def stop(run: RunLine | None) -> None:
+            if run is not None and run.status in ("waiting", "queued"):
+                self.start_job(["cancel", run.id])
+                return
             if run is None or run.status != "running":
                 self.tell(f"run {run_id} is {run.status if run else 'gone'} by now; there is nothing to stop")
                 return

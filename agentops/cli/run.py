@@ -233,15 +233,22 @@ def _change(text: str) -> tuple[str, Any]:
 
 
 def cancel(
-    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run at work, a unique beginning of it, or 'last'.")],
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Id of a run, a unique beginning of it, or 'last'.")],
     as_json: AsJson = False,
 ) -> None:
-    """Stop a run at work in any process of this machine, within a token. It can be resumed."""
+    """Stop a run at work in any process of this machine, within a token, or one that waits. It can be resumed."""
     from agentops import cancelling
+    from agentops.errors import RunNotFound
     from agentops.settings import load_settings
 
     settings = load_settings()
-    run_id = cancelling.cancel(settings, run_id)
+    try:
+        run_id = cancelling.cancel(settings, run_id)
+    except RunNotFound:
+        from agentops.runtime import Runtime
+
+        with Runtime(settings) as runtime:
+            run_id = runtime.cancel(run_id)
     deadline = time.monotonic() + _STOPPING_S
     while (busy := cancelling.is_at_work(settings, run_id)) and time.monotonic() < deadline:
         time.sleep(0.01)

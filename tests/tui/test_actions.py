@@ -433,6 +433,17 @@ async def test_cancel_stops_the_run_and_no_other(record: Settings, environment: 
         process.stdout.close()
 
 
+async def test_a_run_that_waits_is_stopped_by_the_verb(settings: Settings, started: list[Started]) -> None:
+    seeds = Seeds()
+    seeds.run("run_1", status="waiting", started_ns=NOW - SECOND)
+    seeds.write(settings)
+    async with opened(settings) as (app, pilot):
+        await press(pilot, "c")
+        assert isinstance(app.screen, Confirm)
+        await press(pilot, "y")
+        assert [one.words for one in started] == [("cancel", "run_1")]
+
+
 async def test_a_run_that_is_not_at_work_on_this_machine_cannot_be_stopped(settings: Settings) -> None:
     seeds = Seeds()
     seeds.run("run_1", status="running", pid=os.getpid(), segment="j_other.seg", started_ns=NOW - SECOND)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -21,9 +22,12 @@ from langgraph.runtime import Runtime as Given
 
 from agentops import Context, Runtime, ScriptedEngine, Settings
 from agentops.cancelling import cancel, is_at_work
+from agentops.checkpoints import lease
 from agentops.engine import generate
-from agentops.errors import RunCancelled, RunDrained, RunNotFound, UsageError
+from agentops.errors import RecordError, RunCancelled, RunDrained, RunNotFound, ThreadBusy, UsageError
+from agentops.people import ask
 from agentops.records import Message, Request, RunResult, RunStarted, StepStarted, Token
+from agentops.replay import replay
 from agentops.retrieval.embed import HashEmbedder
 from agentops.store import RunRow, open_store
 from agentops.tracer import catch_up
@@ -303,3 +307,140 @@ def test_a_run_drained_in_a_subgraph_goes_on_inside_it(settings: Settings) -> No
     with Runtime(settings, engine=ScriptedEngine(), embedder=HashEmbedder()) as runtime:
         assert runtime.resume(told.value.run_id, graph=graph).output == {"trail": ["a", "b", "c", "after"]}
     assert done == ["a", "b", "c", "after"]
+
+
+def sign(state: State) -> State:
+    return {"trail": [ask("your name?")]}
+
+
+def test_a_run_that_waits_for_an_answer_is_cancelled_and_takes_none(either_settings: Settings) -> None:
+    graph = chain(sign)
+    with Runtime(either_settings, engine=ScriptedEngine(), embedder=HashEmbedder()) as runtime:
+        run = runtime.run(graph, {"trail": []})
+    with Runtime(either_settings, engine=ScriptedEngine(), embedder=HashEmbedder()) as runtime:
+        assert runtime.cancel(run.run_id[:12]) == run.run_id
+        with pytest.raises(RunNotFound, match="is cancelled; there is nothing to cancel"):
+            runtime.cancel(run.run_id)
+        found = row(either_settings, run.run_id)
+        assert (found.status, found.pending_hash, found.error) == (
+            "cancelled",
+            None,
+            "RunCancelled: cancelled while it was waiting",
+        )
+        with open_store(either_settings) as store:
+            roots = [span for span in store.spans(run.run_id) if span.kind == "workflow"]
+            assert [span.status for span in roots] == ["interrupted", "cancelled"]
+            assert store.balance(run.run_id).balanced
+        with pytest.raises(UsageError, match="was cancelled, it waits for no answer"):
+            runtime.resume(run.run_id, answer="Ann", graph=graph)
+        assert row(either_settings, run.run_id).status == "cancelled", "a late answer changes nothing"
+        again = runtime.resume(run.run_id, graph=graph)
+        assert [one.question for one in again.interrupts] == ["your name?"]
+        assert runtime.resume(run.run_id, answer="Ann", graph=graph).output == {"trail": ["Ann"]}
+        (again_so,) = replay(either_settings, run=run.run_id, graph=graph)
+        assert again_so.difference is None
+        with pytest.raises(RunNotFound, match="is done; there is nothing to cancel"):
+            runtime.cancel(run.run_id)
+
+
+async def test_a_run_that_is_being_answered_is_not_cancelled_beside_that(either_settings: Settings) -> None:
+    async with Runtime(either_settings, engine=ScriptedEngine(), embedder=HashEmbedder()) as runtime:
+        run = await runtime.arun(chain(sign), {"trail": []})
+        async with lease(either_settings, run.thread_id):
+            with pytest.raises(ThreadBusy):
+                await runtime.acancel(run.run_id)
+        assert row(either_settings, run.run_id).status == "waiting"
+        assert await runtime.acancel(run.run_id) == run.run_id
+
+
+async def test_a_run_in_line_for_a_place_is_cancelled_before_it_begins(either_settings: Settings) -> None:
+    go, done = asyncio.Event(), []
+
+    async def only(state: State) -> State:
+        done.append(state["trail"])
+        await go.wait()
+        return {"trail": ["done"]}
+
+    graph, settings = chain(only), replace(either_settings, run=replace(either_settings.run, at_once=1))
+    async with Runtime(settings, engine=ScriptedEngine(), embedder=HashEmbedder()) as runtime:
+        first = asyncio.create_task(runtime.arun(graph, {"trail": ["a"]}, run_id="first"))
+        while not done:
+            await asyncio.sleep(0.01)
+        others = [asyncio.create_task(runtime.arun(graph, {"trail": [name]}, run_id=name)) for name in ("second", "third")]
+        while not (is_at_work(settings, "second") and is_at_work(settings, "third")):
+            await asyncio.sleep(0.01)
+        code = "import sys; from agentops.cancelling import cancel; from agentops import load_settings; "
+        code += "cancel(load_settings({'paths.home': sys.argv[1]}), 'second')"
+        other = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(settings.paths.home))
+        assert await other.wait() == 0
+        with pytest.raises(RunCancelled, match="before it had a place"):
+            await others[0]
+        assert not first.done()
+        go.set()
+        assert (await first).status == (await others[1]).status == "done"
+        assert done == [["a"], ["third"]]
+        found = row(settings, "second")
+        assert (found.status, found.error) == ("cancelled", "RunCancelled: cancelled in line for a place")
+        with open_store(settings) as store:
+            assert [(span.kind, span.status) for span in store.spans("second")] == [("workflow", "cancelled")]
+        with pytest.raises(RecordError, match="it was cancelled before it began"):
+            await asyncio.to_thread(lambda: list(replay(settings, run="second", graph=graph)))
+        assert (await runtime.aresume("second", graph=graph)).output == {"trail": ["second", "done"]}
+    assert list((settings.paths.home / "running").iterdir()) == []
+
+
+async def test_an_answer_and_a_fork_in_line_are_cancelled_too(settings: Settings) -> None:
+    go, done = asyncio.Event(), []
+
+    async def hold(state: State) -> State:
+        done.append("held")
+        await go.wait()
+        return {}
+
+    asks, settings = chain(sign), replace(settings, run=replace(settings.run, at_once=1))
+    async with Runtime(settings, engine=ScriptedEngine(), embedder=HashEmbedder()) as runtime:
+        asked = await runtime.arun(asks, {"trail": []})
+        first = asyncio.create_task(runtime.arun(chain(hold), {"trail": []}, run_id="first"))
+        while not done:
+            await asyncio.sleep(0.01)
+        answer = asyncio.create_task(runtime.aresume(asked.run_id, answer="Ann", graph=asks))
+        while not is_at_work(settings, asked.run_id):
+            await asyncio.sleep(0.01)
+        assert await runtime.acancel(asked.run_id) == asked.run_id
+        with pytest.raises(RunCancelled):
+            await answer
+        assert row(settings, asked.run_id).status == "cancelled"
+        fork = asyncio.create_task(runtime.afork(asked.run_id, graph=asks))
+        known = {"first", asked.run_id}
+        while not (new := {file.name for file in (settings.paths.home / "running").glob("run_*")} - known):
+            await asyncio.sleep(0.01)
+        assert await runtime.acancel(new.pop())
+        with pytest.raises(RunCancelled, match="before it had a place"):
+            await fork
+        go.set()
+        assert (await first).status == "done"
+    with open_store(settings) as store:
+        assert {one.id for one in store.runs()} == known
+
+
+@pytest.mark.parametrize("where", ["sqlite", pytest.param("postgres", marks=pytest.mark.long)])
+def test_the_command_line_cancels_what_waits(
+    where: str, tmp_path: Path, environment: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    if where == "postgres":
+        environment["AGENTOPS_RECORD_URL"] = request.getfixturevalue("postgres_settings").record.url
+    words = "from typing import TypedDict\nfrom langgraph.graph import START, StateGraph\nfrom agentops.people import ask\n"
+    words += "class State(TypedDict, total=False):\n    name: str\n"
+    words += "graph = StateGraph(State).add_node('sign', lambda _: {'name': ask('your name?')}).add_edge(START, 'sign')\n"
+    (tmp_path / "sign.py").write_text(words)
+
+    def console(*arguments: str, fails: int = 0) -> str:
+        process = start(tmp_path, environment, *arguments)
+        said, errors = process.communicate(timeout=60)
+        assert process.returncode == fails, errors
+        return errors if fails else said
+
+    run = json.loads(console("run", "sign.py", "{}", "--json"))["run_id"]
+    assert json.loads(console("cancel", run, "--json")) == {"run_id": run, "stopped": True}
+    assert [one["status"] for one in json.loads(console("runs", "--json"))] == ["cancelled"]
+    assert "was cancelled, it waits for no answer" in console("resume", run, "--answer", "Ann", fails=2)

@@ -79,9 +79,8 @@ class Mortals:
         life = Life(for_s, killed=False)
         while True:
             left = begun + for_s - time.monotonic()
-            if (line := self._line(left if not life.killed else 60)) is None:
-                os.kill(child, signal.SIGKILL)
-                life.killed = True
+            if (line := self._line(left if left > 0 and not life.killed else 60)) is None:
+                life.killed = _kill(child)
                 continue
             word, _, rest = line.partition(" ")
             if word == "over":
@@ -91,8 +90,7 @@ class Mortals:
             if word == "step":
                 life.steps.append(int(rest))
                 if int(rest) >= to_step and not life.killed:
-                    os.kill(child, signal.SIGKILL)
-                    life.killed = True
+                    life.killed = _kill(child)
             elif word == "result":
                 life.result = json.loads(rest)
 
@@ -117,6 +115,15 @@ class Mortals:
     def close(self) -> None:
         self._parent.kill()
         self._parent.wait()
+
+
+def _kill(child: int) -> bool:
+    """Whether it was still there."""
+    try:
+        os.kill(child, signal.SIGKILL)
+    except ProcessLookupError:  # it ended in the same moment
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
