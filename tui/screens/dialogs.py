@@ -120,7 +120,7 @@ class JobScreen(ModalScreen[None]):
     def show(self) -> None:
         """Shows what is new."""
         job = self.job
-        if (job.text, job.code) == self._shown:
+        if (job.text, job.code) == self._shown or not self.query("#said"):  # not composed yet: it is shown when it is
             return
         self._shown = (job.text, job.code)
         ended = {None: ("it is at work ...", "live"), 0: ("it is done", "good")}.get(
