@@ -28,7 +28,7 @@ from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
 from agentops.checkpoints.lease import Lease, busy
 from agentops.checkpoints.saver import ThreadSaver
-from agentops.errors import RecordError, StoreBroken
+from agentops.errors import JournalFull, RecordError, StoreBroken
 from agentops.settings import Settings
 
 P = ParamSpec("P")
@@ -86,8 +86,12 @@ class _FileLease(Lease):
                 saver = _SqliteSaver(self, connection, thread, serde=serde)
                 try:
                     await _there(thread, self._fence, saver)
-                except sqlite3.OperationalError:
-                    raise  # the disk is full, or the file is locked: what it holds is not in question
+                except sqlite3.OperationalError as error:
+                    # What it holds is not in question.
+                    full = "full" in str(error) or "disk I/O" in str(error)
+                    kind, hint = (JournalFull, "make room, then run it again") if full else (RecordError, "see: agentops doctor")
+                    said = f"the checkpoints of thread {self.thread_id} cannot be written: {error} ({file})"
+                    raise kind(said, hint=hint) from error
                 except sqlite3.DatabaseError as error:
                     raise StoreBroken(
                         f"the checkpoints of thread {self.thread_id} cannot be read: {error}",
