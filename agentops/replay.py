@@ -18,6 +18,7 @@ from typing import Any
 from langgraph.cache.memory import InMemoryCache
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
+from agentops.checkpoints import lease, open_checkpointer
 from agentops.clock import SystemClock, UlidSource
 from agentops.diff import Difference, Side, first_difference, unequal
 from agentops.errors import AgentOpsError, AnswerUnfit, RecordError, ReplayDiverged, UsageError
@@ -35,6 +36,7 @@ from agentops.recording import (
 from agentops.records import Budget, NodeBudget
 from agentops.settings import Settings
 from agentops.store import CheckpointRow, RunRow, SpanRow, Store, open_store
+from agentops.sync import run_sync
 from agentops.tracer import catch_up
 
 _SHOWN = ("node", "question", "content")
@@ -215,6 +217,7 @@ class _Again:
                     break
                 case RecordEnded():
                     self._ended[root.id] = str(recording.trouble)
+                    run_sync(self._forget_cut())
                 case RecordError():
                     raise recording.trouble
             if recording.trouble is None:
@@ -261,6 +264,11 @@ class _Again:
             except AnswerUnfit:
                 # With a task that failed LangGraph keeps its answer, and with one whose process died it does not.
                 runtime.resume(self._row.id, graph=graph, budget=budget)
+
+    async def _forget_cut(self) -> None:
+        """A node is stopped where it ends, and LangGraph keeps what it has written. The process that died had kept nothing."""
+        async with lease(self._settings, self._row.thread_id) as held, open_checkpointer(held, frozenset()) as saver:
+            await saver.aforget_failed(self._row.thread_id)
 
     def _asked_again(self, values: Mapping[str, Any], place: int) -> dict[str, Any]:
         """The recorded answers by the ids that their interrupts have now, which are others in every run. Those that look the same

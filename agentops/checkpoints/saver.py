@@ -188,6 +188,15 @@ class ThreadSaver(BaseCheckpointSaver[str]):
                 kept = set(newest.items()) if strategy == "keep_latest" else set()
                 await self._delete(cursor, thread, rows.keys() - kept - _needed(rows, kept))
 
+    async def aforget_failed(self, thread_id: str) -> None:
+        """Forgets what tasks that failed have written to channels: they begin anew when their run goes on. What they were
+        answered stays; LangGraph gives it a number below zero."""
+        async with self._changing() as cursor:
+            for table in (name for name, columns in self.TABLES.items() if "task_id" in columns):
+                failed = f"SELECT task_id FROM {table} WHERE thread_id = ? AND channel = '__error__'"
+                statement = f"DELETE FROM {table} WHERE thread_id = ? AND idx >= 0 AND task_id IN ({failed})"
+                await cursor.execute(statement, (thread_id, thread_id))
+
     @abstractmethod
     async def _threads(self, cursor: Any, run_ids: Sequence[str]) -> list[str]:
         """The threads in which these runs may have written."""

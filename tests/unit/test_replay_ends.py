@@ -170,6 +170,10 @@ DYING = """
     async def beside(state: State):
         return {"all": ["one"]}
 
+    def calls_nothing(state: State):
+        die("calls_nothing")
+        return {"all": ["done"]}
+
     async def asks(state: State, runtime: Runtime[Context]):
         name = interrupt("name?")
         return {"all": [await say(runtime, f"hello {name}")]}
@@ -183,6 +187,7 @@ DYING = """
     builder = graph_of("first", "second", "beside").add_edge(START, "first")
     graph = builder.add_edge("first", "second").add_edge("first", "beside").compile()
     asking = graph_of("asks").add_edge(START, "asks").compile()
+    plain = graph_of("beside", "calls_nothing").add_edge(START, "beside").add_edge("beside", "calls_nothing").compile()
 """
 
 
@@ -233,6 +238,15 @@ def test_a_run_whose_process_died_is_the_same_up_to_there_and_beyond(
     assert dying("resume") == 0
     found = again(settings, "last", None)
     assert (found.same, found.replayed_status, found.ended_early) == (True, "done", "")
+
+
+def test_a_node_without_calls_that_died_and_was_run_again_is_replayed(dying: Callable[..., int], settings: Settings) -> None:
+    assert dying("run", ":plain", die="calls_nothing") == -signal.SIGKILL
+    found = again(settings, "last", None)
+    assert (found.same, found.ended_early) == (True, "the record of calls_nothing has no end: crashed")
+    assert dying("resume") == 0
+    found = again(settings, "last", None)
+    assert (found.difference, found.replayed_status, found.ended_early) == (None, "done", "")
 
 
 def test_a_run_that_died_after_an_answer_is_replayed_with_it(dying: Callable[..., int], settings: Settings) -> None:
