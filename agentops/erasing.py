@@ -24,7 +24,7 @@ from agentops.store import Removed, RunRow, Store, open_store, open_writer
 from agentops.sync import run_sync
 from agentops.tracer.drain import catch_up, drain
 from agentops.tracer.journal import SUFFIX, overwrite
-from agentops.tracer.redaction import Sweep, load_redactor
+from agentops.tracer.redaction import is_pseudonym
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,20 +119,15 @@ def _concerned(store: Store, settings: Settings, whose: _Whose) -> list[RunRow]:
     if whose.thread is not None:
         threads = {whose.thread}
     else:
-        names = {whose.user, _pseudonym(settings, str(whose.user))}
-        threads = {run.thread_id for run in everything if (run.settings.get("labels") or {}).get("user") in names}
+        name, journal = str(whose.user), settings.paths.home / "journal"
+        users = [(run.thread_id, str((run.settings.get("labels") or {}).get("user", ""))) for run in everything]
+        threads = {thread for thread, user in users if user == name or is_pseudonym(user, name, journal)}
     forks, before = store.forks(), set[str]()
     while threads != before:
         before = set(threads)
         mine = {run.id for run in everything if run.thread_id in threads}
         threads |= {run.thread_id for run in everything if forks.get(run.id) in mine}
     return [run for run in everything if run.thread_id in threads]
-
-
-def _pseudonym(settings: Settings, user: str) -> str:
-    """What a user is called where names are redacted."""
-    redactor = load_redactor(settings)
-    return redactor.pseudonym(user, Sweep(redactor)) if redactor is not None else user
 
 
 def _contents(store: Store, run: RunRow) -> Iterator[str]:

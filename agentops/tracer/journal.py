@@ -373,5 +373,6 @@ def claim(segment: Path) -> int | None:
 def _full(error: OSError, folder: Path) -> JournalFull:
     return JournalFull(
         f"the journal cannot be written: {error.strerror or error} ({folder})",
-        hint="free some disk space (or point paths.home at another disk), then resume the run",
+        hint="free some disk space (or point paths.home at another disk), then resume the run; one that is not on record had not "
+        "begun, run it again",
     )

@@ -65,7 +65,7 @@ class Redactor:
         """A user's name; one that is redacted with a hash that only this home makes, so that a user's runs stay together."""
         if (redacted := sweep.text(name)) == name:
             return name
-        return f"{redacted} {hashlib.blake2b(name.encode(errors='replace'), digest_size=8, key=self._salt).hexdigest()}"
+        return f"{redacted} {_digest(name, self._salt)}"
 
 
 class Sweep:
@@ -107,6 +107,15 @@ def _load(names: tuple[str, ...], home: Path) -> Redactor:
     kinds = [kind for kind in _KINDS if kind in names]
     rules = [_KINDS[kind] for kind in kinds] + [_rule(name) for name in names if name not in _KINDS]
     return Redactor(rules, secrets="key" in names, salt=home_id(home).encode())
+
+
+def is_pseudonym(known: str, name: str, journal: Path) -> bool:
+    """Whether a user is `known` by what a name became here, by whatever rules it was redacted."""
+    return (journal / "home").is_file() and known.endswith(f" {_digest(name, home_id(journal).encode())}")
+
+
+def _digest(name: str, salt: bytes) -> str:
+    return hashlib.blake2b(name.encode(errors="replace"), digest_size=8, key=salt).hexdigest()
 
 
 def load_redactor(settings: Settings) -> Redactor | None:

@@ -120,6 +120,8 @@ def test_a_redacted_user_is_found_by_the_name(settings: Settings) -> None:
     with Runtime(mine, engine=ScriptedEngine()) as runtime:
         for user in ("ada@example.com", "bob@example.com"):
             runtime.run(made(), {"q": user}, labels=Labels(user))
+    # Also where names are not redacted any more.
+    assert erase(settings, user="ada@example.com", dry_run=True).runs == 1
     assert erase(mine, user="ada@example.com").runs == 1
     assert places(mine.paths.home, "ada@example.com") == set()
     with open_store(mine) as store:
