@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -27,6 +28,7 @@ from agentops import Runtime, ScriptedEngine, Settings, load_settings
 from agentops.errors import (
     BudgetSpent,
     CollectionNotFound,
+    JournalFull,
     NodeFailed,
     RecordError,
     RunCancelled,
@@ -356,6 +358,21 @@ def test_a_full_disk_stops_the_run_at_a_step_and_it_goes_on_when_there_is_room(s
     assert len(result.output["trail"]) == 20
     assert sorted(set(steps)) == list(range(20))
     assert steps.count(seen) <= 2
+
+
+def test_a_run_that_a_full_disk_does_not_let_begin_says_so_and_begins_when_there_is_room(
+    settings: Settings, small_disk: Path
+) -> None:
+    settings = replace(settings, paths=replace(settings.paths, home=small_disk / "home"))
+    graph, filler = chain(one), small_disk / "filler"
+    with Runtime(settings) as runtime:
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4_096))
+        with pytest.raises(JournalFull, match=r"full|space"):
+            runtime.run(graph, {"trail": []}, thread="t")
+        filler.unlink()
+        assert runtime.run(graph, {"trail": []}, thread="t").status == "done"
 
 
 def test_a_node_that_exits_ends_its_run_and_nothing_else(settings: Settings) -> None:
