@@ -270,7 +270,7 @@ class _OneThread(AsyncSqliteSaver):
         finally:
             self._writer = None
 
-    def _transaction(self, group: list[list[_Statement]]) -> list[sqlite3.Error | None]:
+    def _transaction(self, group: list[list[_Statement]]) -> list[Exception | None]:
         """Writes all in one transaction, or, where that fails, each in one of its own; what befell each."""
         connection = self.statements.conn
         try:
@@ -278,7 +278,7 @@ class _OneThread(AsyncSqliteSaver):
                 for query, rows in statements:
                     connection.executemany(query, rows)
             connection.commit()
-        except sqlite3.Error as error:
+        except Exception as error:  # a name that is no UTF-8 is no error of SQLite's; whoever waits is told of it all the same
             connection.rollback()
             if len(group) == 1:
                 return [error]

@@ -69,6 +69,15 @@ async def test_of_a_group_that_fails_all_but_the_culprit_are_kept(saver: ThreadS
     assert await tasks_kept(saver, config) == ["a", "c"]
 
 
+async def test_what_sqlite_does_not_even_get_to_see_is_told_and_hurts_nobody(saver: ThreadSaver) -> None:
+    config = await begun(saver)
+    names = ["a", "no text: \udcff", "c"]
+    async with asyncio.timeout(20):
+        told = await asyncio.gather(*(saver.aput_writes(config, [("x", 1)], name) for name in names), return_exceptions=True)
+    assert [type(one) for one in told] == [type(None), UnicodeEncodeError, type(None)]
+    assert await tasks_kept(saver, config) == ["a", "c"]
+
+
 async def test_who_is_cancelled_while_it_waits_has_written_all_the_same_and_hurts_nobody(saver: ThreadSaver) -> None:
     config = await begun(saver)
     cancelled = asyncio.create_task(saver.aput_writes(config, [("found", 1)], "cancelled"))
