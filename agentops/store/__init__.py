@@ -13,7 +13,7 @@ from dataclasses import fields
 from typing import Any, Literal
 
 import zstandard
-from sqlalchemy import ColumnElement, FromClause, Integer, Row, Select, Text, cast, func, select, tuple_, union
+from sqlalchemy import ColumnElement, FromClause, Integer, Row, Select, Text, cast, exists, func, select, tuple_, union
 
 from agentops.errors import RecordError, RunNotFound
 from agentops.records import Interrupt, PromptVersion, RunStatus, Score, Timing, Usage
@@ -312,9 +312,8 @@ class Store:
         used = union(select(spans.c.input_hash).where(mine), select(spans.c.output_hash).where(mine))
         cut = self._all(select(func.count()).where(payloads.c.truncated, payloads.c.hash.in_(used)))
         named = used.subquery()
-        lost = self._all(
-            select(func.count()).where(named.c.input_hash.is_not(None), named.c.input_hash.not_in(select(payloads.c.hash)))
-        )
+        there = exists().where(payloads.c.hash == named.c.input_hash)
+        lost = self._all(select(func.count()).where(named.c.input_hash.is_not(None), ~there))
         return Balance(
             emitted=sum(max(row.last, int(roots.get(row.root_id, {}).get("emitted", 0))) for row in counted),
             stored=sum(row.stored for row in counted),
