@@ -5,8 +5,8 @@ journal's files still hold of what the store has taken; journal files that could
 does not say whose it is. Runs that were forked from them have their state, and go too. Documents, datasets and files that tools
 wrote belong to nobody here and stay.
 
-Checkpoints and journal go before the rows that tell whose they are. So the same call, made again, finishes what one that was
-killed has left.
+Checkpoints and journal go before the rows that tell whose they are, so that the same call can be made again; and a file in the
+home says, of nobody, that the room which rows took is still to be cleared: the next erase does that before anything else.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def erase(settings: Settings, *, user: str | None = None, thread: str | None = N
         RecordError: there is none.
         StoreLocked: the record cannot be written now; nothing was erased.
     """
+    if not dry_run:
+        finish(settings)
     catch_up(settings, wait=True)
     whose, files = _Whose(user, thread), 0
     while True:
@@ -57,21 +59,38 @@ def erase(settings: Settings, *, user: str | None = None, thread: str | None = N
             runs = _concerned(store, settings, whose)
             threads = tuple(sorted({run.thread_id for run in runs}))
             named = {key for run in runs for key in _contents(store, run)}
-        if busy := next((run for run in runs if run.status == "running"), None):
-            raise _busy(busy.thread_id)
-        if dry_run and runs:
-            return Erased(threads, len(runs), contents=len(named), files=len(_files(settings, threads)))
-        if not dry_run and (settings.paths.home / "journal").is_dir():
-            more, removed = run_sync(_held(settings, threads or ((thread,) if thread else ()), whose))
-            files += more
         if not runs:
             said = f"of user '{user}'" if user is not None else f"on thread '{thread}'"
             raise RecordError(f"no run {said} is on record", hint="list the runs with their threads: agentops runs")
+        if busy := next((run for run in runs if run.status == "running"), None):
+            raise _busy(busy.thread_id)
+        if dry_run:
+            return Erased(threads, len(runs), contents=len(named), files=len(_files(settings, threads)))
+        more, removed = run_sync(_held(settings, threads, whose))
+        files += more
         if removed is not None:
             break
     with open_store(settings) as store:
         shared = sum(store.has(key) for key in named)
     return Erased(threads, removed.runs, removed.spans, removed.scores, removed.contents, shared, files, tuple(_left(settings)))
+
+
+def finish(settings: Settings) -> bool:
+    """Clears what an erase that was broken off after it had removed rows has left; whether there was one.
+
+    Raises:
+        StoreLocked: the record cannot be written now.
+    """
+    if not (begun := _begun(settings)).exists():
+        return False
+    with open_writer(settings) as writer:
+        writer.shrink(whole=True)
+        begun.unlink(missing_ok=True)
+    return True
+
+
+def _begun(settings: Settings) -> Path:
+    return settings.paths.home / "erasing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +127,10 @@ def _recorded(settings: Settings, threads: tuple[str, ...], whose: _Whose) -> Re
         positions = writer.positions()
         for segment in folder.glob("*" + SUFFIX):
             overwrite(segment, positions.get(segment.name, 0))
+        _begun(settings).touch(0o600)
         removed = writer.remove([run.id for run in runs])
         writer.shrink(whole=True)
+        _begun(settings).unlink(missing_ok=True)
     return removed
 
 

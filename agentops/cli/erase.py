@@ -26,11 +26,14 @@ def erase(
     """Erase a user's threads, or one thread, from the record, the journal, the checkpoints and the caches for good."""
     from agentops.cli.render import clean
     from agentops.erasing import erase as take_out
+    from agentops.erasing import finish
     from agentops.settings import load_settings
 
     if (user is None) == (thread is None):
         raise UsageError("give a user or a thread", hint="agentops erase --user NAME, or agentops erase --thread THREAD")
     settings = load_settings()
+    if not dry_run and finish(settings):
+        print("what an erase that was broken off had left is gone", file=sys.stderr)
     meant = take_out(settings, user=user, thread=thread, dry_run=True)
     whose = f"user '{user}'" if user is not None else f"thread '{thread}'"
     what = f"{len(meant.threads):,} threads with {meant.runs:,} runs of {whose}"

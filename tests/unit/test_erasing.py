@@ -156,7 +156,7 @@ def free_pages(settings: Settings) -> int:
 @pytest.mark.parametrize("by", ["user", "thread"])
 @pytest.mark.parametrize("at", ["remove", "shrink"])
 def test_the_same_call_finishes_what_a_broken_one_left(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, by: str, at: str
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], by: str, at: str
 ) -> None:
     with Runtime(settings, engine=ScriptedEngine()) as runtime:
         runtime.run(made(), {"q": CANARY + os.urandom(60_000).hex()}, thread="hers", labels=Labels("ada"))
@@ -175,9 +175,14 @@ def test_the_same_call_finishes_what_a_broken_one_left(
         else:
             # The runs are gone; the room that they took can still be read.
             assert free_pages(settings) > 0
-            with pytest.raises(RecordError, match="no run"):
-                erase(settings, **whose)
+            monkeypatch.setenv("AGENTOPS_PATHS_HOME", str(settings.paths.home))
+            monkeypatch.setattr(sys, "argv", ["agentops", "erase", f"--{by}", whose[by], "--yes"])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            said = capfd.readouterr().err
+            assert (ended.value.code, "broken off had left is gone" in said, "no run" in said) == (1, True, True)
             assert free_pages(settings) == 0
+            assert not (settings.paths.home / "erasing").exists()
         assert places(settings.paths.home, CANARY) == set()
 
 
@@ -207,6 +212,20 @@ def test_what_was_begun_or_forked_before_the_threads_were_held_goes_too(
 def test_a_thread_that_is_not_there_is_said(settings: Settings) -> None:
     with pytest.raises(RecordError, match="no run on thread 'none'"):
         erase(settings, thread="none")
+
+
+def test_a_name_that_nobody_has_costs_nobody_anything(settings: Settings) -> None:
+    home = settings.paths.home
+    with Runtime(settings, engine=ScriptedEngine()) as runtime:
+        runtime.run(made(), {"q": CANARY}, thread="hers", labels=Labels("ada"))
+    kept = [home / "journal" / "old.damaged", home / "prefixes" / "a.safetensors", home / "threads" / "of_nobody.db"]
+    (home / "prefixes").mkdir(exist_ok=True)
+    for file in kept:
+        file.write_bytes(b"somebody's")
+    for whose in ({"user": "adda"}, {"thread": "of_nobody"}):
+        with pytest.raises(RecordError, match="no run"):
+            erase(settings, **whose)
+    assert all(file.exists() for file in kept)
 
 
 def test_a_segment_is_read_behind_what_was_overwritten(tmp_path: Path) -> None:
