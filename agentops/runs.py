@@ -226,11 +226,20 @@ class Runs:
                 how = f"agentops show {row.id}"
                 raise RunNotFound(f"run {row.id} is {row.status}; there is nothing to cancel", hint=f"see how it ended: {how}")
             why = "cancelled in line for a place" if in_line else f"cancelled while it was {row.status}"
-            self._cancelled(why, row.id, row.thread_id, row.graph, row.settings, resumed=True)
+            self._cancelled(why, row.id, row.thread_id, row.graph, row.settings, resumed=True, after_ns=row.ended_ns or 0)
         await asyncio.to_thread(self._tracer.flush)
 
     def _cancelled(
-        self, why: str, run_id: str, thread_id: str, graph: str, details: Mapping[str, Any], *, input: Any = None, resumed: bool
+        self,
+        why: str,
+        run_id: str,
+        thread_id: str,
+        graph: str,
+        details: Mapping[str, Any],
+        *,
+        input: Any = None,
+        resumed: bool,
+        after_ns: int = 0,
     ) -> None:
         trace = self._tracer.start_run(
             run_id=run_id,
@@ -239,6 +248,7 @@ class Runs:
             input=input,
             settings=details,
             resumed=resumed,
+            after_ns=after_ns,
             tags=tuple(details.get("labels", {}).get("tags", ())),
         )
         trace.annotate(settings=details, idle=True)

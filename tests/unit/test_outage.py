@@ -16,8 +16,10 @@ from langgraph.types import interrupt
 from postgres_server import Postgres
 
 from agentops import Context, Runtime, ScriptedEngine, Settings
+from agentops.clock import SystemClock
 from agentops.errors import LeaseLost, StoreUnavailable
 from agentops.retrieval.embed import HashEmbedder
+from agentops.store import open_store
 
 
 class State(TypedDict, total=False):
@@ -94,6 +96,31 @@ def test_a_question_is_answered_in_another_home(postgres_settings: Settings, tmp
         assert runtime.resume(waiting.run_id, answer="two", graph=graph).output == {"trail": ["two"]}
         forked = runtime.fork(waiting.run_id, step=0, graph=graph)
         assert (forked.status, len(forked.interrupts)) == ("waiting", 1)
+
+
+class SlowClock(SystemClock):
+    """Of a machine whose clock is an hour behind."""
+
+    def now_ns(self) -> int:
+        return super().now_ns() - 3600 * 10**9
+
+
+@pytest.mark.parametrize("what", ["answered", "cancelled"])
+def test_a_home_whose_clock_is_behind_has_the_last_word_all_the_same(
+    postgres_settings: Settings, tmp_path: Path, what: str
+) -> None:
+    builder = StateGraph(State).add_node("ask", lambda state: {"trail": [interrupt("how many?")]})
+    graph = builder.add_edge(START, "ask").add_edge("ask", END)
+    with opened(postgres_settings) as runtime:
+        waiting = runtime.run(graph, {"trail": []})
+    other = elsewhere(postgres_settings, tmp_path)
+    with Runtime(other, engine=ScriptedEngine(), embedder=HashEmbedder(), clock=SlowClock()) as runtime:
+        if what == "answered":
+            runtime.resume(waiting.run_id, answer="two", graph=graph)
+        else:
+            runtime.cancel(waiting.run_id)
+    with open_store(postgres_settings) as store:
+        assert store.run(waiting.run_id).status == ("done" if what == "answered" else "cancelled")
 
 
 async def test_runs_beyond_what_a_server_has_connections_for_wait(postgres_settings: Settings) -> None:
