@@ -32,7 +32,8 @@ def opened(settings: Settings) -> Iterator[Callable[..., Runtime]]:
     runtimes: list[Runtime] = []
 
     def make(*answers: str, **options: Any) -> Runtime:
-        runtimes.append(open_runtime(options.pop("settings", settings), list(answers), **options))
+        played = options.pop("by", None) or list(answers)
+        runtimes.append(open_runtime(options.pop("settings", settings), played, **options))
         return runtimes[-1]
 
     yield make
@@ -72,7 +73,10 @@ async def test_an_answer_from_documents(opened: Callable[..., Runtime], settings
 def test_the_documents_of_several_searches_come_once_each_the_best_of_each_first(
     opened: Callable[..., Runtime], settings: Settings
 ) -> None:
-    runtime = opened("How hot is green tea brewed?\nHow much does a cup hold?", DRAFT, "A cup holds 250 millilitres.", "x")
+    # Which of the two questions is asked first is for nobody to say: they are looked into side by side.
+    plan = "How hot is green tea brewed?\nHow much does a cup hold?"
+    cup = "A cup holds 250 millilitres."
+    runtime = opened(by={"brewed, and how": plan, "Question: How hot": DRAFT, "Question: How much": cup, "": "x"})
     done = runtime.run("research", "How hot is green tea brewed, and how much does a cup hold?", collection="tea")
     sample = sample_of(settings, done.run_id)
     assert sorted(context.source for context in sample.contexts) == ["cups.md", "tea.md"]
